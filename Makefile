@@ -1,0 +1,68 @@
+# Everything a person does with this tree. `make help` lists it.
+# The virtual environment and the native build are made by what needs them, and only when out of date.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+DEMO_OUT ?= demo
+MINIMUM := 3.11
+
+BIN := $(VENV)/bin
+NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard bncpu/cpu/*.pyx bncpu/cpu/*.hpp)
+OURS := bncpu tests benchmarks setup.py
+CPP := $(wildcard bncpu/cpu/*.hpp)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint format wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  PYTHON=python3.12 chooses the interpreter (now $(PYTHON)), VENV= the environment (now $(VENV))"
+
+demo: $(VENV)/.installed ## train the paper's network on handwritten digits with and without BN, then time the kernels
+	$(BIN)/bncpu reproduce digits --out $(DEMO_OUT)
+	$(BIN)/bncpu bench --quick
+
+test: $(VENV)/.installed ## run all tests (PYTEST_ARGS="-k layouts -x" narrows them)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed ## run the benchmark suite
+	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev ## check style, types, imports and the C++ and Cython sources
+	$(BIN)/ruff check $(OURS)
+	$(BIN)/ruff format --check $(OURS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint bncpu
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix $(OURS)
+	$(BIN)/ruff format $(OURS)
+	$(BIN)/clang-format -i $(CPP)
+
+wheel: $(VENV)/.installed-dev ## build the sdist and, from it, the wheel into dist/
+	$(BIN)/python -m build
+
+clean: ## remove everything that was made here
+	rm -rf $(VENV) build dist $(DEMO_OUT) *.egg-info .benchmarks .coverage .hypothesis .*_cache
+	rm -f bncpu/cpu/*.so bncpu/cpu/*.pyd
+	find bncpu tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(MINIMUM)".split("."))))' \
+	  || { echo "bncpu needs Python >= $(MINIMUM), and '$(PYTHON)' is not: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { echo "'$(PYTHON)' cannot make virtual environments (Debian: apt install python3-venv)" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created $(NATIVE)
+	@echo "building bncpu and installing what it needs into $(VENV) (a minute or two) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.created $(NATIVE)
+	@echo "building bncpu and installing the developers' tools into $(VENV) (a minute or two) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $(VENV)/.installed $@
