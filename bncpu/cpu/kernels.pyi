@@ -1,0 +1,87 @@
+# Every kernels_<level> module; bncpu.cpu chooses one and calls it kernels.
+from typing import Any
+
+from numpy import float32, float64
+from numpy.typing import NDArray
+
+from bncpu.layout import Geometry
+
+_Array = NDArray[Any]
+_Vector = NDArray[float64]
+
+def moments(
+    geometry: Geometry, x: _Array, mean: _Vector, m2: _Vector, num_threads: int
+) -> None: ...
+def train(
+    geometry: Geometry,
+    x: _Array,
+    y: _Array,
+    gamma: _Vector | None,
+    beta: _Vector | None,
+    eps: float,
+    mean: _Vector,
+    var: _Vector,
+    invstd: _Vector,
+    num_threads: int,
+) -> None: ...
+def infer(
+    geometry: Geometry,
+    x: _Array,
+    y: _Array,
+    mean: _Vector,
+    var: _Vector,
+    gamma: _Vector | None,
+    beta: _Vector | None,
+    eps: float,
+    num_threads: int,
+) -> None: ...
+def backward(
+    geometry: Geometry,
+    x: _Array,
+    dy: _Array,
+    dx: _Array,
+    mean: _Vector,
+    invstd: _Vector,
+    gamma: _Vector | None,
+    dgamma: _Vector,
+    dbeta: _Vector,
+    num_threads: int,
+) -> None: ...
+def infer_backward(
+    geometry: Geometry,
+    x: _Array,
+    dy: _Array,
+    dx: _Array,
+    mean: _Vector,
+    var: _Vector,
+    gamma: _Vector | None,
+    eps: float,
+    dgamma: _Vector,
+    dbeta: _Vector,
+    num_threads: int,
+) -> None: ...
+def tile_plan(
+    columns: bool,
+    rows: int,
+    channels: int,
+    run: int,
+    *,
+    itemsize: int = 4,
+    inputs: int = 1,
+    passes: int = 2,
+    threads: int = 1,
+    l2: int = ...,
+    l3: int = ...,
+) -> dict[str, Any]: ...
+def set_cache_sizes(l2: int, l3: int) -> None: ...
+def max_threads() -> int: ...
+def openmp() -> int: ...
+def level() -> str: ...
+
+_Real = NDArray[float32] | NDArray[float64]
+
+def stream_copy(src: _Real, dst: _Real, num_threads: int, *, non_temporal: bool = True) -> None: ...
+def stream_triad(
+    a: _Real, b: _Real, dst: _Real, num_threads: int, *, non_temporal: bool = True
+) -> None: ...
+def stream_read(a: _Real, num_threads: int) -> float: ...

@@ -1,0 +1,405 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False, freethreading_compatible=True
+"""The CPU kernels: tiles of channels in parallel, rows in turn.
+
+Each function takes a Geometry (bncpu.layout), arrays that fit it, parameters as contiguous float64
+vectors of one value per channel, and a number of threads; it fills the arrays it is given. What is
+checked is checked before (bncpu.arguments): nothing here looks at a shape or raises for one.
+
+A tile is reduced, its channels are finished, and it is mapped to the result while it is in cache.
+Either whole tiles go to threads, or the threads share each tile (tiling.hpp decides); partial sums
+and the order of merging them depend on the shape alone. Compiled once per instruction level.
+"""
+
+cimport cython
+from cpython.buffer cimport PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cython.parallel cimport prange, threadid
+from libc.math cimport sqrt
+from libc.stdint cimport int64_t
+from libc.stdlib cimport free, malloc
+
+cdef extern from *:
+    """
+    #ifndef BNCPU_LEVEL
+    #error "BNCPU_LEVEL: the build names the instruction level of this module"
+    #endif
+    #ifdef _OPENMP
+    #include <omp.h>
+    static const int openmp_standard = _OPENMP;
+    #else
+    static inline int omp_get_max_threads(void) { return 1; }
+    static const int openmp_standard = 0;
+    #endif
+    """
+    const char* BNCPU_LEVEL
+    const int openmp_standard
+    int omp_get_max_threads() noexcept nogil
+
+cdef extern from "tiling.hpp" namespace "bncpu" nogil:
+    cdef struct Shape:
+        bint columns
+        int64_t rows, channels, run
+
+    cdef struct Grid:
+        Shape shape
+        int64_t piece_rows, segments, pieces, parts
+
+    cdef struct Plan:
+        int64_t tile_channels, tiles, unit_channels
+        int outer_threads, inner_threads
+        bint stream
+
+    Grid make_grid(Shape shape) noexcept
+    Plan make_plan(const Grid& grid, int64_t itemsize, int64_t inputs, int64_t passes,
+                   int64_t threads, int64_t l2, int64_t l3) noexcept
+
+cdef extern from "coefficients.hpp" namespace "bncpu" nogil:
+    cdef struct Channels:
+        double* mean
+        double* invstd
+        double* scale
+        double* shift
+        double* mean_dy
+        double* mean_dy_xhat
+
+cdef extern from "items.hpp" namespace "bncpu" nogil:
+    cdef struct Sums:
+        double first, second
+
+    cdef cppclass View[T]:
+        T* data
+        const int64_t* planes
+        int64_t rows_per_plane, row, channel
+
+    cdef cppclass Job[T]:
+        Grid grid
+        Plan plan
+        View[T] x, dy, out
+        Channels channels
+
+    cdef enum Step:
+        kMoments, kParameterGradients, kNormalise, kGradient, kFixedGradient
+
+    int64_t items_in[T](const Job[T]& job, int64_t c0, int64_t c1) noexcept
+    void run_item[T](Step step, const Job[T]& job, int64_t c0, int64_t c1, int64_t i,
+                     Sums* table) noexcept
+    Sums merged_moments(const Grid& grid, const Plan& plan, const Sums* table, int64_t c) noexcept
+    Sums merged_gradients(const Grid& grid, const Plan& plan, const Sums* table, int64_t c) noexcept
+
+cdef extern from "streams.hpp" namespace "bncpu" nogil:
+    const int64_t kStreamBlock
+    void copy_block[T](const T* a, T* out, int64_t n, bint non_temporal) noexcept
+    void triad_block[T](const T* a, const T* b, T* out, int64_t n, bint non_temporal) noexcept
+    double read_block[T](const T* a, int64_t n) noexcept
+
+ctypedef fused real:
+    float
+    double
+
+cdef enum Operation:
+    OPERATION_MOMENTS
+    OPERATION_TRAIN
+    OPERATION_INFER
+    OPERATION_BACKWARD
+    OPERATION_INFER_BACKWARD
+
+# Sane defaults until set_cache_sizes: a core of the last ten years, a modest share of an L3.
+cdef int64_t l2_bytes = 1 << 20
+cdef int64_t l3_bytes = 8 << 20
+
+
+@cython.final
+@cython.freelist(8)
+cdef class Buffer:
+    """The memory of an array, held for as long as a kernel uses it."""
+
+    cdef Py_buffer view
+    cdef const int64_t[::1] planes
+    cdef int64_t row, channel
+
+    def __cinit__(self, array, place, bint writable):
+        PyObject_GetBuffer(array, &self.view, PyBUF_STRIDES | (PyBUF_WRITABLE if writable else 0))
+        self.planes, self.row, self.channel = place
+
+    def __dealloc__(self):
+        PyBuffer_Release(&self.view)
+
+
+cdef void place(View[real]& view, Buffer buffer, int64_t rows_per_plane) noexcept:
+    view.data = <real*> buffer.view.buf
+    view.planes = NULL
+    if buffer.planes is not None:
+        view.planes = &buffer.planes[0]
+    view.rows_per_plane = rows_per_plane
+    view.row = buffer.row
+    view.channel = buffer.channel
+
+
+cdef struct Parameters:
+    # What a channel is finished with: values per channel (NULL: not given), and eps.
+    const double* gamma
+    const double* beta
+    double* var
+    double* dgamma
+    double* dbeta
+    double eps
+
+
+cdef void finish_moments(Job[real]& job, Parameters& given, Sums* table, int64_t c, int64_t slot,
+                         Operation operation) noexcept nogil:
+    # Algorithm 1 of the paper, lines 1 and 2; scale and shift are what its line 4 needs.
+    cdef Sums moments = merged_moments(job.grid, job.plan, table, slot)
+    cdef Shape shape = job.grid.shape
+    job.channels.mean[c] = moments.first
+    if operation == OPERATION_MOMENTS:
+        given.var[c] = moments.second  # m2: the caller has no use for a variance yet
+        return
+    given.var[c] = moments.second / (<double> shape.rows * <double> shape.run)
+    prepare_channel(job, given, c)
+
+
+cdef void prepare_channel(Job[real]& job, Parameters& given, int64_t c) noexcept nogil:
+    cdef double invstd
+    if given.var != NULL:
+        job.channels.invstd[c] = 1 / sqrt(given.var[c] + given.eps)
+    invstd = job.channels.invstd[c]
+    job.channels.scale[c] = invstd if given.gamma == NULL else given.gamma[c] * invstd
+    job.channels.shift[c] = 0 if given.beta == NULL else given.beta[c]
+
+
+cdef void finish_gradients(Job[real]& job, Parameters& given, Sums* table, int64_t c,
+                           int64_t slot) noexcept nogil:
+    cdef Sums sums = merged_gradients(job.grid, job.plan, table, slot)
+    cdef double m = <double> job.grid.shape.rows * <double> job.grid.shape.run
+    given.dbeta[c] = sums.first
+    given.dgamma[c] = sums.second
+    job.channels.mean_dy[c] = sums.first / m
+    job.channels.mean_dy_xhat[c] = sums.second / m
+
+
+cdef void run_items(Step step, Job[real]& job, int64_t c0, int64_t c1, Sums* table) noexcept nogil:
+    # Every item of a tile. The static schedule is the same for every step, so that what a thread
+    # has read in one is in its own L2 in the next. One thread enters no parallel region: regions
+    # within regions start threads anew, and these loops may already run within one.
+    cdef int64_t items = items_in(job, c0, c1), i
+    if job.plan.inner_threads == 1:
+        for i in range(items):
+            run_item(step, job, c0, c1, i, table)
+    else:
+        for i in prange(items, num_threads=job.plan.inner_threads, schedule="static"):
+            run_item(step, job, c0, c1, i, table)
+
+
+cdef void run_tile(Job[real]& job, Parameters& given, Operation operation, int64_t tile,
+                   Sums* table) noexcept nogil:
+    # One tile: its sums, its channels, its results.
+    cdef int64_t c0 = tile * job.plan.tile_channels
+    cdef int64_t c1 = min(job.grid.shape.channels, c0 + job.plan.tile_channels)
+    cdef int64_t c
+    if operation == OPERATION_MOMENTS or operation == OPERATION_TRAIN:
+        run_items(kMoments, job, c0, c1, table)
+        for c in range(c0, c1):
+            finish_moments(job, given, table, c, c - c0, operation)
+    elif operation == OPERATION_BACKWARD or operation == OPERATION_INFER_BACKWARD:
+        run_items(kParameterGradients, job, c0, c1, table)
+        for c in range(c0, c1):
+            finish_gradients(job, given, table, c, c - c0)
+    if operation == OPERATION_TRAIN or operation == OPERATION_INFER:
+        run_items(kNormalise, job, c0, c1, table)
+    elif operation == OPERATION_BACKWARD:
+        run_items(kGradient, job, c0, c1, table)
+    elif operation == OPERATION_INFER_BACKWARD:
+        run_items(kFixedGradient, job, c0, c1, table)
+
+
+cdef int run(Job[real]& job, Parameters& given, Operation operation, geometry, Buffer x, Buffer dy,
+             Buffer out, int threads) except -1:
+    cdef int64_t channels = geometry.channels
+    cdef int64_t rows_per_plane = geometry.rows_per_plane
+    cdef Shape shape
+    shape.columns, shape.rows, shape.channels, shape.run = (
+        geometry.columns, geometry.rows, channels, geometry.run)
+    job.grid = make_grid(shape)
+    cdef int passes = 1 if operation == OPERATION_MOMENTS or operation == OPERATION_INFER else 2
+    job.plan = make_plan(job.grid, sizeof(real), 1 if dy is None else 2, passes, threads, l2_bytes,
+                         l3_bytes)
+    place(job.x, x, rows_per_plane)
+    if dy is not None:
+        place(job.dy, dy, rows_per_plane)
+    if out is not None:
+        place(job.out, out, rows_per_plane)
+
+    # Five coefficients per channel, then a table of partial sums for every tile under way.
+    cdef int64_t table_size = job.grid.parts * job.plan.tile_channels
+    cdef size_t size = (5 * channels * sizeof(double)
+                        + job.plan.outer_threads * table_size * sizeof(Sums))
+    cdef double* memory = <double*> malloc(size)
+    if memory == NULL:
+        raise MemoryError(f"{size} bytes for partial sums")
+    if job.channels.invstd == NULL:
+        job.channels.invstd = memory
+    job.channels.scale = memory + channels
+    job.channels.shift = memory + 2 * channels
+    if operation == OPERATION_BACKWARD or operation == OPERATION_INFER_BACKWARD:
+        job.channels.mean_dy = memory + 3 * channels
+        job.channels.mean_dy_xhat = memory + 4 * channels
+    cdef Sums* tables = <Sums*> (memory + 5 * channels)
+    cdef int outer = job.plan.outer_threads
+    cdef int64_t tile, c
+    with nogil:
+        if operation != OPERATION_MOMENTS and operation != OPERATION_TRAIN:
+            for c in range(channels):
+                prepare_channel(job, given, c)
+        if outer == 1:
+            for tile in range(job.plan.tiles):
+                run_tile(job, given, operation, tile, tables)
+        else:
+            for tile in prange(job.plan.tiles, num_threads=outer, schedule="static"):
+                run_tile(job, given, operation, tile, tables + threadid() * table_size)
+    free(memory)
+    return 0
+
+
+cdef int dispatch(Operation operation, geometry, x, dy, out, double* mean, double* invstd,
+                  Parameters& given, int threads) except -1:
+    # To the instance for the arrays' item size; places follow the order x, dy, out.
+    cdef list places = list(geometry.places)
+    cdef Buffer held_x = Buffer(x, places.pop(0), False)
+    cdef Buffer held_dy = None if dy is None else Buffer(dy, places.pop(0), False)
+    cdef Buffer held_out = None if out is None else Buffer(out, places.pop(0), True)
+    cdef Job[float] single
+    cdef Job[double] twice
+    if held_x.view.itemsize == sizeof(float):
+        single.channels = Channels(mean, invstd, NULL, NULL, NULL, NULL)
+        return run(single, given, operation, geometry, held_x, held_dy, held_out, threads)
+    twice.channels = Channels(mean, invstd, NULL, NULL, NULL, NULL)
+    return run(twice, given, operation, geometry, held_x, held_dy, held_out, threads)
+
+
+cdef inline double* pointer(const double[::1] values) noexcept:
+    # NULL for None. What an operation only reads shares a field with what another one fills, hence
+    # the cast; prepare_channel and the finish functions write no field that came from here.
+    if values is None:
+        return NULL
+    return <double*> &values[0]
+
+
+def moments(geometry, x, double[::1] mean, double[::1] m2, int num_threads):
+    """Fill mean and m2 of every channel of x."""
+    cdef Parameters given = Parameters(NULL, NULL, &m2[0], NULL, NULL, 0)
+    dispatch(OPERATION_MOMENTS, geometry, x, None, None, &mean[0], NULL, given, num_threads)
+
+
+def train(geometry, x, y, const double[::1] gamma, const double[::1] beta, double eps,
+          double[::1] mean, double[::1] var, double[::1] invstd, int num_threads):
+    """Fill y, mean, var (biased) and invstd (Ioffe & Szegedy 2015, Algorithm 1)."""
+    cdef Parameters given = Parameters(pointer(gamma), pointer(beta), &var[0], NULL, NULL, eps)
+    dispatch(OPERATION_TRAIN, geometry, x, None, y, &mean[0], &invstd[0], given, num_threads)
+
+
+def infer(geometry, x, y, const double[::1] mean, const double[::1] var, const double[::1] gamma,
+          const double[::1] beta, double eps, int num_threads):
+    """Fill y from given statistics (Algorithm 2, line 11)."""
+    cdef Parameters given = Parameters(pointer(gamma), pointer(beta), pointer(var), NULL, NULL, eps)
+    dispatch(OPERATION_INFER, geometry, x, None, y, pointer(mean), NULL, given, num_threads)
+
+
+def backward(geometry, x, dy, dx, const double[::1] mean, const double[::1] invstd,
+             const double[::1] gamma, double[::1] dgamma, double[::1] dbeta, int num_threads):
+    """Fill dx, dgamma and dbeta for batch statistics (section 3, the gradients of Algorithm 1)."""
+    cdef Parameters given = Parameters(pointer(gamma), NULL, NULL, &dgamma[0], &dbeta[0], 0)
+    dispatch(OPERATION_BACKWARD, geometry, x, dy, dx, pointer(mean), pointer(invstd), given,
+             num_threads)
+
+
+def infer_backward(geometry, x, dy, dx, const double[::1] mean, const double[::1] var,
+                   const double[::1] gamma, double eps, double[::1] dgamma, double[::1] dbeta,
+                   int num_threads):
+    """Fill dx, dgamma and dbeta where mean and var are constants."""
+    cdef Parameters given = Parameters(pointer(gamma), NULL, pointer(var), &dgamma[0], &dbeta[0],
+                                       eps)
+    dispatch(OPERATION_INFER_BACKWARD, geometry, x, dy, dx, pointer(mean), NULL, given, num_threads)
+
+
+def tile_plan(bint columns, int64_t rows, int64_t channels, int64_t run, *, int64_t itemsize=4,
+              int64_t inputs=1, int64_t passes=2, int64_t threads=1, int64_t l2=1 << 20,
+              int64_t l3=8 << 20):
+    """Return the grid and the plan for a problem on a given machine, as one dict (for tests)."""
+    cdef Shape shape
+    shape.columns, shape.rows, shape.channels, shape.run = columns, rows, channels, run
+    cdef Grid grid = make_grid(shape)
+    cdef Plan plan = make_plan(grid, itemsize, inputs, passes, threads, l2, l3)
+    return {
+        "piece_rows": grid.piece_rows,
+        "segments": grid.segments,
+        "pieces": grid.pieces,
+        "parts": grid.parts,
+        "tile_channels": plan.tile_channels,
+        "tiles": plan.tiles,
+        "unit_channels": plan.unit_channels,
+        "outer_threads": plan.outer_threads,
+        "inner_threads": plan.inner_threads,
+        "stream": bool(plan.stream),
+    }
+
+
+def set_cache_sizes(int64_t l2, int64_t l3):
+    """Say how large one core's L2 and the shared L3 are, in bytes."""
+    global l2_bytes, l3_bytes
+    l2_bytes, l3_bytes = l2, l3
+
+
+def max_threads():
+    """Return what OpenMP would use for a parallel region of the calling thread."""
+    return omp_get_max_threads()
+
+
+def openmp():
+    """Return the date of the OpenMP standard that this module was built with, 0 for none."""
+    return openmp_standard
+
+
+def level():
+    """Return the instruction level that this module was compiled for."""
+    return BNCPU_LEVEL.decode()
+
+
+# ---- Streaming loops, the ceiling that benchmarks compare with -----------------------------------
+
+cdef void stream(const real* a, const real* b, real* out, int64_t n, bint non_temporal,
+                 int threads) noexcept nogil:
+    cdef int64_t i, begin, size
+    for i in prange((n + kStreamBlock - 1) // kStreamBlock, num_threads=threads,
+                    use_threads_if=threads > 1, schedule="static"):
+        begin = i * kStreamBlock
+        size = min(kStreamBlock, n - begin)
+        if b == NULL:
+            copy_block(a + begin, out + begin, size, non_temporal)
+        else:
+            triad_block(a + begin, b + begin, out + begin, size, non_temporal)
+
+
+def stream_copy(const real[::1] src, real[::1] dst, int num_threads, *, bint non_temporal=True):
+    """Copy src to dst at the speed of memory."""
+    with nogil:
+        stream(&src[0], <const real*> NULL, &dst[0], src.shape[0], non_temporal, num_threads)
+
+
+def stream_triad(const real[::1] a, const real[::1] b, real[::1] dst, int num_threads, *,
+                 bint non_temporal=True):
+    """Add a and b into dst at the speed of memory."""
+    with nogil:
+        stream(&a[0], &b[0], &dst[0], a.shape[0], non_temporal, num_threads)
+
+
+def stream_read(const real[::1] a, int num_threads):
+    """Read a at the speed of memory; returns its sum, so that nothing is optimised away."""
+    cdef int64_t n = a.shape[0], i, begin
+    cdef const real* first = &a[0]
+    cdef double total = 0
+    with nogil:
+        for i in prange((n + kStreamBlock - 1) // kStreamBlock, num_threads=num_threads,
+                        use_threads_if=num_threads > 1, schedule="static"):
+            begin = i * kStreamBlock
+            total += read_block(first + begin, min(kStreamBlock, n - begin))
+    return total

@@ -1,0 +1,58 @@
+// The inner loops over one row of contiguous values: fold (sums) and map (results), each written
+// once over any number of input rows. What is summed or mapped comes in as a function on vectors.
+#pragma once
+
+#include "simd.hpp"
+
+namespace bncpu {
+namespace {
+
+// Independent accumulators: enough to hide the latency of an addition.
+constexpr int kAccumulators = 4;
+
+// A row to read, and what the lanes beyond its end stand for (so that they add nothing to a sum).
+template <class T>
+struct Row {
+    const T* data;
+    Vec<T> beyond;
+};
+
+// sums[j] takes in every vector of the rows through f(sums[j], vectors...), in a fixed order.
+template <class T, class Sums, class F, class... Rest>
+inline void fold_row(Sums (&sums)[kAccumulators], int64_t n, F f, Row<T> row, Rest... rest) {
+    constexpr int64_t L = Vec<T>::lanes;
+    int64_t i = 0;
+    for (; i + kAccumulators * L <= n; i += kAccumulators * L)
+        for (int j = 0; j < kAccumulators; ++j)
+            f(sums[j], Vec<T>::load(row.data + i + j * L), Vec<T>::load(rest.data + i + j * L)...);
+    for (; i + L <= n; i += L)
+        f(sums[0], Vec<T>::load(row.data + i), Vec<T>::load(rest.data + i)...);
+    if (i < n)
+        f(sums[1], Vec<T>::load(row.data + i, n - i, row.beyond),
+          Vec<T>::load(rest.data + i, n - i, rest.beyond)...);
+}
+
+// out[i] = f(i, in[i]...), f on vectors whose first lane is element i. With `stream` the result
+// goes past the caches: the head of the row up to the first aligned vector, and its tail, are
+// ordinary stores.
+template <class T, class F, class... In>
+inline void map_row(bool stream, T* out, int64_t n, F f, const In*... in) {
+    constexpr int64_t L = Vec<T>::lanes;
+    const Vec<T> none = Vec<T>::all(0);
+    int64_t i = 0;
+    if (stream) {
+        const int64_t head = (int64_t)(-(uintptr_t)out % sizeof(none.v) / sizeof(T));
+        if (head > 0 && head < n) {
+            f(0, Vec<T>::load(in, head, none)...).store(out, head);
+            i = head;
+        }
+        if (head < n)
+            for (; i + L <= n; i += L) f(i, Vec<T>::load(in + i)...).stream(out + i);
+    } else {
+        for (; i + L <= n; i += L) f(i, Vec<T>::load(in + i)...).store(out + i);
+    }
+    if (i < n) f(i, Vec<T>::load(in + i, n - i, none)...).store(out + i, n - i);
+}
+
+}  // namespace
+}  // namespace bncpu

@@ -1,0 +1,222 @@
+// One SIMD vector type, the width of the level this file is compiled for. Every instruction-set
+// conditional of the kernels is in this file; the loops above it are written once.
+//
+// Arithmetic is the compiler's own vector extension, so +, - and * need no spelling per level. What
+// the extension cannot say is spelled out: partial loads and stores, fused multiply-add, stores
+// that bypass the cache. Compilers without the extension get an array of the same width.
+//
+// Everything is in an unnamed namespace: each level must keep its own copy of every function.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+#define BNCPU_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define BNCPU_VECTOR_BYTES 32
+#else
+#define BNCPU_VECTOR_BYTES 16
+#endif
+
+// The instructions spelled out below, where vector types convert to the intrinsics' types.
+#if defined(__GNUC__) && defined(__AVX512F__)
+#define BNCPU_AVX512 1
+#elif defined(__GNUC__) && defined(__AVX2__) && defined(__FMA__)
+#define BNCPU_AVX2 1
+#elif defined(__GNUC__) && defined(__SSE2__)
+#define BNCPU_SSE2 1
+#elif defined(__GNUC__) && defined(__aarch64__)
+#define BNCPU_NEON 1
+#endif
+
+namespace bncpu {
+namespace {
+
+#if defined(__GNUC__)
+template <class T>
+struct Lanes {
+    typedef T type __attribute__((vector_size(BNCPU_VECTOR_BYTES)));
+};
+#else
+template <class T>
+struct Lanes {
+    struct type {
+        T lane[BNCPU_VECTOR_BYTES / sizeof(T)];
+        T& operator[](int i) { return lane[i]; }
+        T operator[](int i) const { return lane[i]; }
+    };
+};
+#endif
+
+template <class T>
+struct Vec {
+    using type = typename Lanes<T>::type;
+    static constexpr int lanes = BNCPU_VECTOR_BYTES / sizeof(T);
+    type v;
+
+    static Vec all(T value) {
+#if defined(__GNUC__)
+        return {value - type{}};  // not type{} + value, which would turn -0 into +0
+#else
+        Vec r;
+        for (int i = 0; i < lanes; ++i) r.v[i] = value;
+        return r;
+#endif
+    }
+
+    static Vec load(const T* p) {
+        Vec r;
+        std::memcpy(&r.v, p, sizeof r.v);
+        return r;
+    }
+
+    // The first n lanes from memory (0 < n < lanes), the others from `rest`. Reads nothing beyond
+    // n.
+    static Vec load(const T* p, int64_t n, Vec rest) {
+#if defined(BNCPU_AVX512)
+        if constexpr (sizeof(T) == 4)
+            return {(type)_mm512_mask_loadu_ps((__m512)rest.v, (__mmask16)((1u << n) - 1), p)};
+        else
+            return {(type)_mm512_mask_loadu_pd((__m512d)rest.v, (__mmask8)((1u << n) - 1), p)};
+#elif defined(BNCPU_AVX2)
+        const __m256i mask = first(n);
+        if constexpr (sizeof(T) == 4)
+            return {
+                (type)_mm256_blendv_ps((__m256)rest.v, _mm256_maskload_ps(p, mask), (__m256)mask)};
+        else
+            return {(type)_mm256_blendv_pd((__m256d)rest.v, _mm256_maskload_pd(p, mask),
+                                           (__m256d)mask)};
+#else
+        for (int i = 0; i < lanes - 1; ++i)
+            if (i < n) rest.v[i] = p[i];
+        return rest;
+#endif
+    }
+
+    void store(T* p) const { std::memcpy(p, &v, sizeof v); }
+
+    void store(T* p, int64_t n) const {
+#if defined(BNCPU_AVX512)
+        if constexpr (sizeof(T) == 4)
+            _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+        else
+            _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
+#elif defined(BNCPU_AVX2)
+        if constexpr (sizeof(T) == 4)
+            _mm256_maskstore_ps(p, first(n), (__m256)v);
+        else
+            _mm256_maskstore_pd(p, first(n), (__m256d)v);
+#else
+        for (int i = 0; i < lanes - 1; ++i)
+            if (i < n) p[i] = v[i];
+#endif
+    }
+
+    // Past the caches, straight to memory; p is aligned to the vector. Needs store_fence() before
+    // another thread may read. A plain store where the level has nothing better.
+    void stream(T* p) const {
+#if defined(BNCPU_AVX512)
+        _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(BNCPU_AVX2)
+        _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#elif defined(BNCPU_SSE2)
+        _mm_stream_si128((__m128i*)p, (__m128i)v);
+#else
+        store(p);
+#endif
+    }
+
+    // Sum of the lanes, in double, always in the same order.
+    double sum() const {
+        double part[lanes];
+        for (int i = 0; i < lanes; ++i) part[i] = (double)v[i];
+        for (int width = lanes / 2; width > 0; width /= 2)
+            for (int i = 0; i < width; ++i) part[i] += part[i + width];
+        return part[0];
+    }
+
+#if defined(BNCPU_AVX2)
+   private:
+    // All bits of the first n lanes.
+    static __m256i first(int64_t n) {
+        if constexpr (sizeof(T) == 4)
+            return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n),
+                                      _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+        else
+            return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+    }
+#endif
+};
+
+#if defined(__GNUC__)
+template <class T>
+inline Vec<T> operator+(Vec<T> a, Vec<T> b) {
+    return {a.v + b.v};
+}
+template <class T>
+inline Vec<T> operator-(Vec<T> a, Vec<T> b) {
+    return {a.v - b.v};
+}
+template <class T>
+inline Vec<T> operator*(Vec<T> a, Vec<T> b) {
+    return {a.v * b.v};
+}
+#else
+template <class T>
+inline Vec<T> operator+(Vec<T> a, Vec<T> b) {
+    for (int i = 0; i < Vec<T>::lanes; ++i) a.v[i] += b.v[i];
+    return a;
+}
+template <class T>
+inline Vec<T> operator-(Vec<T> a, Vec<T> b) {
+    for (int i = 0; i < Vec<T>::lanes; ++i) a.v[i] -= b.v[i];
+    return a;
+}
+template <class T>
+inline Vec<T> operator*(Vec<T> a, Vec<T> b) {
+    for (int i = 0; i < Vec<T>::lanes; ++i) a.v[i] *= b.v[i];
+    return a;
+}
+#endif
+
+// a * b + c, rounded once where the level has the instruction.
+template <class T>
+inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+    using type [[maybe_unused]] = typename Vec<T>::type;
+#if defined(BNCPU_AVX512)
+    if constexpr (sizeof(T) == 4)
+        return {(type)_mm512_fmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v)};
+    else
+        return {(type)_mm512_fmadd_pd((__m512d)a.v, (__m512d)b.v, (__m512d)c.v)};
+#elif defined(BNCPU_AVX2)
+    if constexpr (sizeof(T) == 4)
+        return {(type)_mm256_fmadd_ps((__m256)a.v, (__m256)b.v, (__m256)c.v)};
+    else
+        return {(type)_mm256_fmadd_pd((__m256d)a.v, (__m256d)b.v, (__m256d)c.v)};
+#elif defined(BNCPU_NEON)
+    if constexpr (sizeof(T) == 4)
+        return {(type)vfmaq_f32((float32x4_t)c.v, (float32x4_t)a.v, (float32x4_t)b.v)};
+    else
+        return {(type)vfmaq_f64((float64x2_t)c.v, (float64x2_t)a.v, (float64x2_t)b.v)};
+#else
+    return a * b + c;
+#endif
+}
+
+// Orders streamed stores before whatever this thread publishes next.
+inline void store_fence() {
+#if defined(__x86_64__) || defined(_M_X64)
+    _mm_sfence();
+#endif
+}
+
+}  // namespace
+}  // namespace bncpu
