@@ -1,0 +1,271 @@
+"""BatchNorm: the public functions with parameters, running statistics and the last batch.
+
+The one layer that is useful without the trainer (bncpu.nn), so it stands below it. It computes
+nothing itself.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bncpu import arguments, functional
+from bncpu.backends import as_numpy
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import DTypeLike, NDArray
+
+
+class BatchNorm:
+    """Batch normalisation with learnable scale and shift and running statistics.
+
+    Parameters
+    ----------
+    num_features : int or tuple of ints
+        C, or the sizes of several channel axes (the per-activation form).
+    eps : float, default 1e-5
+        Added to the variance, in its units.
+    momentum : float or None, default 0.1
+        Weight of the new value in the running statistics, within [0, 1]. None averages all batches
+        so far with equal weight, as in PyTorch.
+    affine : bool, default True
+        Whether there are gamma and beta.
+    track_running_stats : bool, default True
+        Whether there are running statistics. Without them evaluation uses the batch's own.
+    axis : int or tuple of ints, default 1
+        The channel axes of the input.
+    dtype : dtype, default float32
+        Of parameters and running statistics: float32 or float64, the dtype of the inputs.
+
+    Attributes
+    ----------
+    gamma, beta, dgamma, dbeta : ndarray, shape (C,), or None without affine
+        Parameters, ones and zeros at first, and their gradients after `backward`.
+    running_mean, running_var : ndarray, shape (C,), or None
+        Zeros and ones at first; the variance is unbiased.
+    num_batches_tracked : int
+        Training batches seen.
+    training : bool
+        Whether `forward` uses the batch's own statistics; True at first.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of the wrong kind or out of range.
+
+    References
+    ----------
+    S. Ioffe, C. Szegedy, arXiv:1502.03167, Algorithms 1 and 2.
+
+    Examples
+    --------
+    >>> import numpy as np, bncpu
+    >>> layer = bncpu.BatchNorm(3)
+    >>> x = np.random.default_rng(0).normal(5, 2, (8, 3, 4, 4)).astype(np.float32)
+    >>> y = layer(x)
+    >>> dx = layer.backward(np.ones_like(y))
+    >>> layer.eval()(x).shape, layer.num_batches_tracked
+    ((8, 3, 4, 4), 1)
+    """
+
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        axis: int | tuple[int, ...] = 1,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        self.shape = _shape(num_features, axis)
+        self.eps = arguments.epsilon(eps)
+        self.momentum = None if momentum is None else arguments.momentum_weight(momentum)
+        self.axis = axis
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+            raise TypeError(f"dtype: expected float32 or float64; got {self.dtype}")
+        self.gamma = np.ones(self.shape, self.dtype) if affine else None
+        self.beta = np.zeros(self.shape, self.dtype) if affine else None
+        self.dgamma: NDArray[Any] | None = None
+        self.dbeta: NDArray[Any] | None = None
+        self.running_mean = np.zeros(self.shape, self.dtype) if track_running_stats else None
+        self.running_var = np.ones(self.shape, self.dtype) if track_running_stats else None
+        self.num_batches_tracked = 0
+        self.training = True
+        # What backward needs of the last forward: x, mean, invstd (or var), and which it is.
+        self._last: tuple[Any, NDArray[Any], NDArray[Any], bool] | None = None
+
+    def __call__(self, x: Any, *, out: Any = None) -> NDArray[Any]:
+        """Return `forward` of x."""
+        return self.forward(x, out=out)
+
+    def __repr__(self) -> str:
+        features = self.shape[0] if len(self.shape) == 1 else self.shape
+        return (
+            f"BatchNorm({features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.gamma is not None}, "
+            f"track_running_stats={self.running_mean is not None}, axis={self.axis})"
+        )
+
+    def train(self, mode: bool = True) -> BatchNorm:
+        """Use the batch's own statistics from now on (or not, with mode=False); return self."""
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> BatchNorm:
+        """Use the running statistics from now on; return self."""
+        return self.train(False)
+
+    def forward(self, x: Any, *, out: Any = None) -> NDArray[Any]:
+        """Return y, and remember x for `backward`.
+
+        Parameters
+        ----------
+        x : array of the layer's dtype, channels on its axis
+            Kept, not copied: leave it as it is until backward.
+        out : array, shape and dtype of x, optional
+            Where y goes.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `batch_norm_train` and `batch_norm_infer`.
+        """
+        if not self.training and self.running_mean is not None and self.running_var is not None:
+            y = functional.batch_norm_infer(
+                x,
+                self.running_mean,
+                self.running_var,
+                self.gamma,
+                self.beta,
+                eps=self.eps,
+                axis=self.axis,
+                out=out,
+            )
+            self._last = (x, self.running_mean, self.running_var, False)
+            return y
+        update = self.training and self.running_mean is not None
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1 / (self.num_batches_tracked + 1)
+        y, mean, invstd = functional.batch_norm_train(
+            x,
+            self.gamma,
+            self.beta,
+            running_mean=self.running_mean if update else None,
+            running_var=self.running_var if update else None,
+            momentum=momentum,
+            eps=self.eps,
+            axis=self.axis,
+            out=out,
+        )
+        # A gamma of the layer's shape has checked x; without one nothing has.
+        if mean.shape != self.shape:
+            raise ValueError(f"x: expected channels of shape {self.shape}; got {mean.shape}")
+        self.num_batches_tracked += update
+        self._last = (x, mean, invstd, True)
+        return y
+
+    def backward(self, dy: Any, *, out: Any = None) -> NDArray[Any]:
+        """Return dx for the last forward; dgamma and dbeta are kept as attributes.
+
+        Parameters
+        ----------
+        dy : array, shape and dtype of y
+        out : array, shape and dtype of dy, optional
+            Where dx goes; dy itself is allowed.
+
+        Raises
+        ------
+        RuntimeError
+            If there was no forward.
+        TypeError, ValueError
+            As `batch_norm_backward`.
+        """
+        if self._last is None:
+            raise RuntimeError("backward: call forward first; it keeps what the gradients need")
+        x, mean, spread, batch = self._last
+        if batch:
+            gradients = functional.batch_norm_backward(
+                dy, x, mean, spread, self.gamma, axis=self.axis, out=out
+            )
+        else:
+            gradients = functional.batch_norm_infer_backward(
+                dy, x, mean, spread, self.gamma, eps=self.eps, axis=self.axis, out=out
+            )
+        if self.gamma is not None:
+            self.dgamma, self.dbeta = gradients.dgamma, gradients.dbeta
+        return gradients.dx
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """Return copies of parameters and statistics under PyTorch's names."""
+        return {name: array.copy() for name, array in self._state().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over parameters and statistics, PyTorch's names; nothing changes if one is wrong.
+
+        Parameters
+        ----------
+        state : mapping of names to arrays
+            weight, bias (with affine), running_mean, running_var, num_batches_tracked (with
+            track_running_stats); any float dtype.
+
+        Raises
+        ------
+        KeyError
+            If a name is missing or unknown.
+        TypeError, ValueError
+            If a value is not an array of numbers, or of the wrong shape.
+        """
+        own = self._state()
+        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or unknown:
+            raise KeyError(f"state: missing {missing}, unknown {unknown}")
+        new = {}
+        for name, array in own.items():
+            value = as_numpy(name, state[name])
+            if value.shape != array.shape:
+                raise ValueError(f"{name}: expected shape {array.shape}; got {value.shape}")
+            if value.dtype.kind not in "iuf":
+                raise TypeError(f"{name}: expected an array of numbers; got dtype {value.dtype}")
+            new[name] = value
+        self.num_batches_tracked = int(new.pop("num_batches_tracked", 0))
+        for name, value in new.items():
+            own[name][...] = value
+
+    def _state(self) -> dict[str, NDArray[Any]]:
+        # The layer's own arrays, save for the count.
+        state = {
+            "weight": self.gamma,
+            "bias": self.beta,
+            "running_mean": self.running_mean,
+            "running_var": self.running_var,
+            "num_batches_tracked": (
+                None if self.running_mean is None else np.array(self.num_batches_tracked, np.int64)
+            ),
+        }
+        return {name: array for name, array in state.items() if array is not None}
+
+
+def _shape(num_features: int | tuple[int, ...], axis: int | tuple[int, ...]) -> tuple[int, ...]:
+    sizes = num_features if isinstance(num_features, tuple) else (num_features,)
+    try:
+        shape = tuple(operator.index(n) for n in sizes)
+    except TypeError:
+        raise TypeError(
+            f"num_features: expected an int or a tuple of ints; got {num_features!r}"
+        ) from None
+    if not shape or min(shape) < 1:
+        raise ValueError(f"num_features: expected sizes of at least 1; got {num_features!r}")
+    axes = len(axis) if isinstance(axis, tuple) else 1
+    if len(shape) != axes:
+        raise ValueError(
+            f"num_features: expected one size per channel axis ({axes}); got {num_features!r}"
+        )
+    return shape

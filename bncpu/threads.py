@@ -1,0 +1,165 @@
+"""How many threads a call uses, the guard against forked children, and show_config.
+
+The most specific wish wins: num_threads= of a call, then set_num_threads, then OpenMP's own number
+(OMP_NUM_THREADS, or a limit that threadpoolctl sets).
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple, SupportsIndex
+
+import numpy as np
+
+from bncpu import cpu
+
+
+class _Wish(NamedTuple):
+    threads: int
+    openmp: int  # OpenMP's number when the wish was made
+
+
+_wish: _Wish | None = None
+_forked = False
+
+
+def set_num_threads(n: SupportsIndex | None) -> None:
+    """Set the number of threads of every later call that does not say num_threads=.
+
+    Parameters
+    ----------
+    n : int or None
+        At least 1. None returns to OpenMP's own number.
+
+    Raises
+    ------
+    TypeError
+        If n is not an integer.
+    ValueError
+        If n < 1.
+
+    Notes
+    -----
+    Holds for all Python threads of the process and touches no other library's OpenMP setting. A
+    lower limit that is set on OpenMP afterwards (threadpoolctl) is still respected.
+
+    Examples
+    --------
+    >>> import bncpu
+    >>> bncpu.set_num_threads(1)
+    >>> bncpu.get_num_threads()
+    1
+    >>> bncpu.set_num_threads(None)
+    """
+    global _wish
+    _wish = None if n is None else _Wish(checked(n), cpu.kernels.max_threads())
+
+
+def get_num_threads() -> int:
+    """Return the number of threads that a call uses if it does not say num_threads=.
+
+    Examples
+    --------
+    >>> import bncpu
+    >>> bncpu.get_num_threads() >= 1
+    True
+    """
+    if _forked:
+        return 1
+    openmp: int = cpu.kernels.max_threads()
+    if _wish is None:
+        return openmp
+    return _wish.threads if openmp >= _wish.openmp else min(_wish.threads, openmp)
+
+
+def checked(n: SupportsIndex, name: str = "num_threads") -> int:
+    """Return n as an int that is at least 1, or raise TypeError or ValueError."""
+    try:
+        value = operator.index(n)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer; got {type(n).__name__}") from None
+    if not 1 <= value < 2**31:
+        raise ValueError(f"{name}: expected at least 1; got {value}")
+    return value
+
+
+def threads_for_call(num_threads: SupportsIndex | None) -> int:
+    """Return the number of threads for one call."""
+    if num_threads is None:
+        return get_num_threads()
+    value = checked(num_threads)
+    return 1 if _forked else value
+
+
+def _after_fork_in_child() -> None:
+    # GNU OpenMP's threads do not survive a fork, and a parallel region in the child waits for them
+    # for ever. One thread needs none of them.
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def config() -> dict[str, object]:
+    """Return what show_config prints, by name.
+
+    Examples
+    --------
+    >>> import bncpu
+    >>> bncpu.config()["level chosen"] in bncpu.config()["levels runnable"]
+    True
+    """
+    return {
+        "bncpu": metadata.version("bncpu"),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "cupy": _version("cupy"),
+        "machine": f"{platform.machine()} {platform.system()}",
+        "levels compiled": cpu.compiled_levels(),
+        "levels runnable": cpu.runnable_levels(),
+        "level chosen": cpu.level,
+        "caches": "L2 {} kB, L3 {} kB".format(*(size // 1024 for size in cpu.cache_sizes())),
+        "openmp": _openmp(),
+        "threads": get_num_threads(),
+    }
+
+
+def show_config() -> None:
+    """Print versions, instruction levels, OpenMP runtime and number of threads.
+
+    Examples
+    --------
+    >>> import bncpu
+    >>> bncpu.show_config()  # doctest: +ELLIPSIS
+    bncpu            ...
+    ...
+    """
+    for name, value in config().items():
+        text = ", ".join(value) if isinstance(value, tuple) else str(value)
+        print(f"{name:<16} {text}")
+
+
+def _version(package: str) -> str:
+    distributions = metadata.packages_distributions().get(package)
+    return metadata.version(distributions[0]) if distributions else "absent"
+
+
+def _openmp() -> str:
+    standard = cpu.kernels.openmp()
+    if not standard:
+        return "absent (serial build)"
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return f"{standard}"
+    libraries = {Path(line.split()[-1]).name for line in maps.splitlines() if "/" in line}
+    runtimes = sorted(
+        name for name in libraries if name.startswith(("libgomp", "libomp", "libiomp"))
+    )
+    return f"{standard}, {', '.join(runtimes) or 'runtime unknown'}"
