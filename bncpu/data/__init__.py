@@ -1,0 +1,36 @@
+"""Datasets as arrays. Nothing here downloads, and nothing here knows a network.
+
+========================  ===========================================================
+dataset.py                Dataset: the four arrays that every loader returns
+digits.py                 scikit-learn's embedded handwritten digits: needs no file
+mnist.py                  MNIST from its IDX files
+========================  ===========================================================
+"""
+
+import os
+
+from bncpu.data.dataset import Dataset
+from bncpu.data.digits import load_digits
+from bncpu.data.mnist import load_mnist
+
+NAMES = ("digits", "mnist")
+
+
+def load(name: str, folder: str | os.PathLike[str] | None = None) -> Dataset:
+    """Return the dataset of that name; `folder` is where its files are, if it has any.
+
+    Raises
+    ------
+    ValueError
+        If there is no dataset of that name, or its files are damaged.
+    FileNotFoundError
+        If its files are missing.
+    """
+    if name == "digits":
+        return load_digits()
+    if name == "mnist":
+        return load_mnist(folder)
+    raise ValueError(f"dataset: expected one of {', '.join(NAMES)}; got {name!r}")
+
+
+__all__ = ["NAMES", "Dataset", "load", "load_digits", "load_mnist"]

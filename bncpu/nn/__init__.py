@@ -1,0 +1,47 @@
+"""The minimal trainer: enough to train the paper's networks, on bncpu's public functions only.
+
+========================  ===========================================================
+layers.py                 Linear, Sigmoid, Tanh, ReLU; Sequential chains them
+losses.py                 SoftmaxCrossEntropy
+optimizers.py             SGD, with momentum
+training.py               fit: batches, steps, records; evaluate
+networks.py               fully_connected: the network of the paper's section 4.1
+checkpoint.py             a training run in a safetensors file, and back, bit for bit
+atomic.py                 files written whole or not at all
+========================  ===========================================================
+
+The layers take and return NumPy arrays of shape (n, features); `BatchNorm` is the package's own.
+"""
+
+from bncpu.layer import BatchNorm
+from bncpu.nn.atomic import atomic_write, check_writable
+from bncpu.nn.checkpoint import Checkpoint, architecture, read_checkpoint, save_checkpoint
+from bncpu.nn.layers import Array, Layer, Linear, ReLU, Sequential, Sigmoid, Tanh
+from bncpu.nn.losses import SoftmaxCrossEntropy
+from bncpu.nn.networks import fully_connected
+from bncpu.nn.optimizers import SGD
+from bncpu.nn.training import Record, evaluate, fit, steps_per_epoch
+
+__all__ = [
+    "SGD",
+    "Array",
+    "BatchNorm",
+    "Checkpoint",
+    "Layer",
+    "Linear",
+    "ReLU",
+    "Record",
+    "Sequential",
+    "Sigmoid",
+    "SoftmaxCrossEntropy",
+    "Tanh",
+    "architecture",
+    "atomic_write",
+    "check_writable",
+    "evaluate",
+    "fit",
+    "fully_connected",
+    "read_checkpoint",
+    "save_checkpoint",
+    "steps_per_epoch",
+]

@@ -1,0 +1,217 @@
+"""The training loop: batches in a reproducible order, evaluation, records, a progress bar.
+
+Not a trainer class: the state is the model, the optimizer's velocity and the number of the step,
+all in the caller's hands. Batch n of epoch e is a function of (seed, e, n) alone, so a run that was
+stopped after any step goes on exactly as if it had not been.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bncpu.nn.layers import Array, Layer
+from bncpu.nn.losses import SoftmaxCrossEntropy
+from bncpu.nn.optimizers import SGD
+
+
+class Record(NamedTuple):
+    """What is known after `step` steps: the mean loss since the last record, the test accuracy.
+
+    `loss` is None before the first step, `accuracy` (a fraction) where there is no test set.
+    """
+
+    step: int
+    loss: float | None
+    accuracy: float | None
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """Return the number of batches in n examples.
+
+    A last batch of a single example cannot be batch-normalised (its variance is zero whatever it
+    is), so such an example is merged into the batch before it.
+    """
+    if batch_size > 1 and n > 1 and n % batch_size == 1:
+        return n // batch_size
+    return -(-n // batch_size)
+
+
+def batches(n: int, batch_size: int, seed: int, start: int = 0) -> Iterator[NDArray[np.intp]]:
+    """Yield without end the rows of each batch, from step `start` on.
+
+    Every epoch is a new permutation; the one of epoch e comes from the generator [seed, e].
+    """
+    per_epoch = steps_per_epoch(n, batch_size)
+    epoch, first = divmod(start, per_epoch)
+    while True:
+        order = np.random.default_rng([seed, epoch]).permutation(n)
+        for k in range(first, per_epoch):
+            yield order[k * batch_size : n if k == per_epoch - 1 else (k + 1) * batch_size]
+        epoch, first = epoch + 1, 0
+
+
+def evaluate(model: Layer, x: Array, y: Array, *, batch_size: int = 1000) -> float:
+    """Return the fraction of rows of x that the model, in inference, gives the label y.
+
+    Raises
+    ------
+    ValueError
+        If there is no row.
+    """
+    if not len(x):
+        raise ValueError("x: expected at least one example to evaluate")
+    mode = model.training
+    model.eval()
+    try:
+        right = 0
+        for i in range(0, len(x), batch_size):
+            logits = model.forward(x[i : i + batch_size])
+            right += int(np.count_nonzero(logits.argmax(axis=1) == y[i : i + batch_size]))
+    finally:
+        model.train(mode)
+    return right / len(x)
+
+
+def fit(
+    model: Layer,
+    optimizer: SGD,
+    x: Array,
+    y: Array,
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+    batch_size: int = 60,
+    seed: int = 0,
+    start: int = 0,
+    test: tuple[Array, Array] | None = None,
+    every: int | None = None,
+    callback: Callable[[Record], None] | None = None,
+    progress: bool = False,
+    title: str = "training",
+) -> list[Record]:
+    """Train a classifier on x, y with softmax cross-entropy.
+
+    Parameters
+    ----------
+    model, optimizer
+        Changed in place.
+    x : array, shape (n, ...)
+        The training examples, of the model's dtype.
+    y : array, shape (n,), integer
+        Their labels.
+    epochs, steps : int
+        How long to train; exactly one of the two. An epoch is one pass over x.
+    batch_size : int
+        The size of a batch; the last one of an epoch holds what remains, and is merged with the
+        one before it if that is a single example.
+    seed : int
+        Of the order of the examples, >= 0.
+    start : int
+        The number of steps already taken, when a run is resumed.
+    test : (x, y), optional
+        Evaluated at every record.
+    every : int, optional
+        A record is made at `start`, at each step divisible by `every`, and at the end. By
+        default that is once an epoch.
+    callback : callable, optional
+        Called with every record as it is made.
+    progress : bool
+        Show a progress bar (tqdm) on stderr, with `title` before it.
+
+    Returns
+    -------
+    list of Record
+        All records; the last one's step is the `start` of a later run.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range or x and y differ in length; before any step.
+    FloatingPointError
+        If the loss is not finite. No parameter has been changed by that step.
+    """
+    if (epochs is None) == (steps is None):
+        raise ValueError("epochs, steps: expected exactly one of the two")
+    for name, number, low in (
+        ("epochs", epochs, 1),
+        ("steps", steps, 1),
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+        ("start", start, 0),
+        ("every", every, 1),
+    ):
+        if number is not None and number < low:
+            raise ValueError(f"{name}: expected an integer >= {low}; got {number}")
+    if len(x) != len(y) or not len(x):
+        raise ValueError(f"y: expected one label per example of x ({len(x)}); got {len(y)}")
+
+    per_epoch = steps_per_epoch(len(x), batch_size)
+    stop = start + (epochs * per_epoch if epochs is not None else steps or 0)
+    every = every or per_epoch
+    loss = SoftmaxCrossEntropy()
+    records: list[Record] = []
+    losses: list[float] = []
+
+    def record(step: int) -> None:
+        mean = math.fsum(losses) / len(losses) if losses else None
+        losses.clear()
+        records.append(Record(step, mean, evaluate(model, *test) if test else None))
+        if callback is not None:
+            callback(records[-1])
+
+    model.train()
+    order = batches(len(x), batch_size, seed, start)
+    # A diverging network overflows somewhere first; the loss tells of it once, below.
+    with _bar(stop, start, title, progress) as bar, np.errstate(over="ignore", invalid="ignore"):
+        record(start)
+        for step in range(start + 1, stop + 1):
+            rows = next(order)
+            losses.append(loss.forward(model.forward(x[rows]), y[rows]))
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(
+                    f"loss: {losses[-1]} at step {step}; the training diverged, lower the "
+                    f"learning rate ({optimizer.learning_rate:g})"
+                )
+            model.backward(loss.backward())
+            optimizer.step(model)
+            bar.update()
+            if step % every == 0 or step == stop:
+                record(step)
+                if test:
+                    bar.set_postfix_str(f"test accuracy {records[-1].accuracy:.4f}", refresh=False)
+    return records
+
+
+def _bar(stop: int, start: int, title: str, show: bool) -> Any:
+    """Return a tqdm bar, or something that behaves like one and shows nothing."""
+    if not show:
+        return _NoBar()
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError('progress: needs tqdm; pip install "bncpu[train]"') from error
+    # A log file wants a line now and then, not ten a second.
+    wait = 0.1 if sys.stderr.isatty() else 5.0
+    return tqdm(
+        total=stop, initial=start, desc=title, unit="step", file=sys.stderr, mininterval=wait
+    )
+
+
+class _NoBar:
+    """A progress bar that shows nothing."""
+
+    def __enter__(self) -> "_NoBar":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def update(self) -> None:
+        pass
+
+    def set_postfix_str(self, text: str, refresh: bool) -> None:
+        pass

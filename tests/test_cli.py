@@ -1,0 +1,272 @@
+"""The command line: what it prints and writes, and its one line and status when it cannot."""
+
+import json
+import subprocess
+import sys
+import types
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+import threadpoolctl
+from PIL import Image
+
+import bncpu
+from bncpu import cli, experiments, nn
+
+TRAIN = ["train", "--hidden", "20", "--steps", "30", "--no-progress"]
+
+
+pytestmark = pytest.mark.usefixtures("default_threads")
+
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path, monkeypatch):
+    """Run every command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BNCPU_DATA", raising=False)
+
+
+def run(*argv):
+    """Return the exit status of a command, whichever way it ends."""
+    try:
+        return cli.main([str(arg) for arg in argv])
+    except SystemExit as end:
+        return end.code
+
+
+def assert_refused(capsys, tmp_path, argv, message):
+    """One line on stderr, status 2, nothing on stdout, no file more or less than before."""
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert run(*argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith(f"bncpu {argv[0]}: " if argv and argv[0][0] != "-" else "bncpu: ")
+    assert message in err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_as_a_module(tmp_path):
+    def module(*argv):
+        command = [sys.executable, "-m", "bncpu", *argv]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    done = module("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"bncpu {version('bncpu')}\n", "")
+    done = module("train", "--epochs", "none")
+    assert (done.returncode, done.stdout) == (2, "")
+    expected = "bncpu train: argument --epochs: expected a positive integer; got 'none'\n"
+    assert done.stderr == expected
+
+
+def test_info(capsys):
+    assert run("info") == 0
+    shown = capsys.readouterr().out
+    bncpu.show_config()
+    assert shown == capsys.readouterr().out != ""
+
+
+def test_bench_hands_over_its_arguments(monkeypatch, tmp_path):
+    calls = []
+    module = types.ModuleType("bncpu.bench")
+    module.run = lambda **options: calls.append(options)
+    monkeypatch.setitem(sys.modules, "bncpu.bench", module)
+    monkeypatch.setattr(bncpu, "bench", module, raising=False)
+    assert run("bench") == 0
+    file = tmp_path / "speed.json"
+    options = ["--quick", "--threads", 2, "--dtype", "float64", "--json", file]
+    assert run("bench", *options) == 0
+    assert calls == [
+        {"quick": False, "num_threads": None, "dtype": "float32", "json_path": None},
+        {"quick": True, "num_threads": 2, "dtype": "float64", "json_path": file},
+    ]
+
+
+@pytest.mark.parametrize("command", [[], ["info"], ["bench"], ["train"], ["reproduce"]])
+def test_help(capsys, command):
+    assert run(*command, "--help") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "usage: bncpu" in out
+    if command:
+        assert f"  bncpu {command[0]}" in out  # an example
+    if command == ["train"]:
+        for name, default in cli.DEFAULTS.items():
+            assert f"--{name.replace('_', '-')}" in out
+            assert isinstance(default, list) or f"(default: {default})" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["--frobnicate"], "required: COMMAND"),
+        (["train", "--frobnicate", "more"], "unrecognized arguments: --frobnicate more"),
+        (["train", "--epochs", "0"], "argument --epochs: expected a positive integer; got '0'"),
+        (["train", "--epochs", "1", "--steps", "1"], "not allowed with argument --epochs"),
+        (["train", "--seed", "-1"], "argument --seed: expected an integer >= 0; got '-1'"),
+        (["train", "--learning-rate", "nan"], "expected a positive number; got 'nan'"),
+        (["train", "--momentum", "1"], "expected a number >= 0 and < 1; got '1'"),
+        (["train", "--hidden", "10", "x"], "argument --hidden: expected a positive integer"),
+        (["train", "--dataset", "letters"], "invalid choice: 'letters'"),
+        (["train", "--activation", "swish"], "invalid choice: 'swish'"),
+        (["train", "--threads", "0"], "argument --threads: expected a positive integer"),
+        (["train", "--batch-size", "1"], "--batch-size: batch normalisation needs at least 2"),
+        (["train", "--dataset", "mnist"], "mnist: no data folder; name the one with"),
+        (["train", "--dataset", "mnist", "--data-dir", "no"], "no: no such folder"),
+        (["train", "--load", "no.safetensors"], "no.safetensors: No such file or directory"),
+        (["train", "--load", "."], ".: Is a directory"),
+        (["train", "--save", "no/file"], "no/file: its folder does not exist"),
+        (["train", "--save", "."], ".: exists and is not a regular file"),
+        (["train", "--out", "plain"], "plain: is not a folder"),
+        (["train", "--out", "plain/deeper"], "plain/deeper: Not a directory"),
+        (["train", "--load", "plain"], "plain: damaged, cut short, or not a safetensors file"),
+        (["reproduce"], "the following arguments are required: name"),
+        (["reproduce", "imagenet"], "invalid choice: 'imagenet'"),
+        (["reproduce", "digits", "--out", "plain"], "plain: is not a folder"),
+        (["bench", "--dtype", "float16"], "invalid choice: 'float16'"),
+    ],
+)
+def test_wrong_usage_is_one_line(capsys, tmp_path, argv, message):
+    (tmp_path / "plain").write_text("a file\n")
+    assert_refused(capsys, tmp_path, argv, message)
+
+
+def test_an_error_without_an_extra(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    message = 'figures: need matplotlib; pip install "bncpu[train]"'
+    assert_refused(capsys, tmp_path, ["reproduce", "digits"], message)
+
+
+def test_train_prints_and_writes(capsys, tmp_path):
+    assert run(*TRAIN, "--seed", 3, "--out", "deep/er", "--save", "m.safetensors") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "digits: 1438 images to train, 359 to test" in out
+    assert "64 inputs, sigmoid layers of 20, 10 classes, with batch normalisation" in out
+    results = json.loads((tmp_path / "deep/er/results.json").read_text())
+    assert results["settings"] == cli.DEFAULTS | {"hidden": [20], "seed": 3}
+    assert [record["step"] for record in results["records"]] == [0, 24, 30]
+    assert f"{results['records'][-1]['accuracy']:.2%}" in out
+    with Image.open(tmp_path / "deep/er/figure.png") as figure:
+        assert figure.width > 500
+    for name in ("m.safetensors", "deep/er/results.json", "deep/er/figure.png"):
+        assert name in out
+    files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert files == {"m.safetensors", "deep/er/results.json", "deep/er/figure.png"}
+
+
+def test_a_long_table_is_thinned(capsys):
+    cli.print_records([nn.Record(step, 0.5 if step else None, 0.25) for step in range(0, 1010, 10)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["0", "25.00%"]
+    assert [int(line.split()[0]) for line in lines[1:]] == [*range(0, 1000, 60), 1000]
+
+
+def test_train_shows_a_progress_bar_on_stderr(capsys):
+    assert run("train", "--hidden", 20, "--steps", 5) == 0
+    out, err = capsys.readouterr()
+    assert "5/5" in err
+    assert "5/5" not in out
+
+
+def test_train_without_batch_norm(capsys, tmp_path):
+    assert run(*TRAIN, "--no-batch-norm", "--out", "out") == 0
+    assert "without batch normalisation" in capsys.readouterr().out
+    assert not json.loads((tmp_path / "out/results.json").read_text())["settings"]["batch_norm"]
+
+
+@pytest.mark.parametrize("activation", cli.ACTIVATIONS)
+def test_every_activation_trains(activation, capsys):
+    options = ["--activation", activation, "--learning-rate", 0.1, "--momentum", 0.5]
+    assert run(*TRAIN, *options) == 0
+    assert f"{activation} layers" in capsys.readouterr().out
+
+
+def test_threads_are_those_of_bncpu_and_of_blas():
+    with threadpoolctl.threadpool_limits(user_api="blas"):  # put back what the command changes
+        assert run(*TRAIN, "--threads", 1) == 0
+        assert bncpu.get_num_threads() == 1
+        pools = threadpoolctl.threadpool_info()
+        assert {pool["num_threads"] for pool in pools if pool["user_api"] == "blas"} <= {1}
+
+
+def test_a_loaded_training_goes_on_exactly(capsys, tmp_path):
+    options = ["--hidden", 20, 10, "--momentum", 0.9, "--learning-rate", 0.1, "--seed", 3]
+    options += ["--batch-size", 50, "--activation", "tanh"]
+    assert run("train", *options, "--steps", 40, "--save", "whole") == 0
+    assert run("train", *options, "--steps", 15, "--save", "half") == 0
+    # What is not said again comes from the file, the place in the epoch too.
+    assert run("train", "--load", "half", "--steps", 25, "--save", "rest") == 0
+    assert (tmp_path / "rest").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert (tmp_path / "rest").read_bytes() != (tmp_path / "half").read_bytes()
+    # What is said again overrules it, where the architecture allows.
+    assert run("train", "--load", "half", "--steps", 1, "--learning-rate", 0.2, "--save", "x") == 0
+    assert nn.read_checkpoint("x").settings["learning_rate"] == 0.2
+    assert nn.read_checkpoint("x").step == 16
+    capsys.readouterr()
+    for change, message in (
+        (["--hidden", "30"], "half: another architecture; layer 0 is Linear(64, 20, bias=False)"),
+        (["--no-batch-norm"], "half: another architecture; layer 0 is"),
+        (["--activation", "relu"], "layer 2 is Tanh() in the file and ReLU() in the model"),
+    ):
+        argv = ["train", "--load", "half", *change, "--save", "y", "--out", "z"]
+        assert_refused(capsys, tmp_path, argv, message)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden", "20"),
+        ("hidden", [2.5]),
+        ("activation", "exec"),
+        ("seed", "a"),
+        ("momentum", None),
+    ],
+)
+def test_damaged_settings_in_a_file(capsys, tmp_path, name, value):
+    model = nn.fully_connected([64, 20, 10], rng=np.random.default_rng(0))
+    settings = cli.DEFAULTS | {"hidden": [20], name: value}
+    nn.save_checkpoint("m", model, nn.SGD(1.0), step=0, seed=0, settings=settings)
+    argv = ["train", "--load", "m"]
+    assert_refused(capsys, tmp_path, argv, f"m: its setting of {name} is damaged")
+
+
+def test_a_diverging_training(capsys, tmp_path):
+    options = ["--no-batch-norm", "--activation", "relu", "--learning-rate", 1e30]
+    assert run(*TRAIN, *options, "--save", "m") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("bncpu train: loss: ")
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("moment", ["bncpu.nn.SGD.step", "os.fsync", "pathlib.Path.replace"])
+def test_an_interrupt_leaves_the_old_files(capsys, tmp_path, monkeypatch, moment):
+    (tmp_path / "m").write_bytes(b"old")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(moment, interrupt)
+    assert run(*TRAIN, "--save", "m", "--out", "out") == 130
+    assert capsys.readouterr().err == "bncpu train: interrupted\n"
+    assert (tmp_path / "m").read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["m", "out"]
+
+
+def test_reproduce_hands_over_its_arguments(monkeypatch):
+    calls = []
+
+    def experiment(out, **options):
+        calls.append((str(out), options))
+
+    monkeypatch.setitem(experiments.EXPERIMENTS, "digits", experiment)
+    assert run("reproduce", "digits") == 0
+    options = ["--quick", "--out", "a/b", "--seed", 2, "--no-progress"]
+    assert run("reproduce", "digits", *options) == 0
+    assert calls == [
+        ("bncpu-digits", {"quick": False, "seed": 0, "progress": True}),
+        ("a/b", {"quick": True, "seed": 2, "progress": False}),
+    ]
