@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -55,23 +56,29 @@ def channels(x: Array, axis: Any) -> Channels:
     """Return the channel axes of x that `axis` (an int or a tuple of ints) names."""
     given = axis if isinstance(axis, tuple) else (axis,)
     try:
-        numbers = tuple(operator.index(a) for a in given)
+        numbers = tuple(map(operator.index, given))
     except TypeError:
         raise TypeError(f"axis: expected an int or a tuple of ints; got {axis!r}") from None
+    return _channels(x.shape, numbers)
+
+
+@lru_cache(maxsize=256)
+def _channels(shape: tuple[int, ...], numbers: tuple[int, ...]) -> Channels:
+    ndim = len(shape)
     if not numbers:
         raise ValueError("axis: expected at least one channel axis; got ()")
     for a in numbers:
-        if not -x.ndim <= a < x.ndim:
+        if not -ndim <= a < ndim:
             raise ValueError(
-                f"axis: {a} is out of range for x of shape {x.shape}, which has {x.ndim} "
-                f"dimension{'s' if x.ndim > 1 else ''}"
+                f"axis: {a} is out of range for x of shape {shape}, which has {ndim} "
+                f"dimension{'s' if ndim > 1 else ''}"
             )
-    axes = tuple(a % x.ndim for a in numbers)
+    axes = tuple(a % ndim for a in numbers)
     if len(set(axes)) < len(axes):
-        raise ValueError(f"axis: {axis} names an axis of x twice")
-    shape = tuple(x.shape[a] for a in axes)
-    values = math.prod(n for a, n in enumerate(x.shape) if a not in axes)
-    return Channels(axes, shape, math.prod(shape), values)
+        raise ValueError(f"axis: {numbers} names an axis of x twice")
+    sizes = tuple(shape[a] for a in axes)
+    values = math.prod(n for a, n in enumerate(shape) if a not in axes)
+    return Channels(axes, sizes, math.prod(sizes), values)
 
 
 def parameter(
@@ -235,27 +242,28 @@ def problem(over: Channels, x: Array, dy: Array | None = None, out: Array | None
     x decides the walk. It is copied if it is misaligned or no axis of it is contiguous; dy is
     copied, and the result computed beside out, if their strides do not allow the same walk.
     """
-    x = x if x.flags.aligned and _walk(over, x) is not None else _walkable(over, x)
     arrays = [array for array in (x, dy, out) if array is not None]
     walk = _walk(over, *arrays)
-    if walk is None:
-        raise AssertionError("a copy of x has no walk")
-    target = None
-    misfits = [
-        i for i, array in enumerate(arrays) if walk.places[i] is None or not array.flags.aligned
-    ]
-    if misfits:
-        for i in misfits:
-            beside = np.empty([x.shape[a] for a in walk.order], x.dtype)
-            beside = beside.transpose(np.argsort(walk.order))
-            if out is not None and i == len(arrays) - 1:
-                target = out
-            else:
-                np.copyto(beside, arrays[i])
-            arrays[i] = beside
+    if walk is not None and walk.complete and all(array.flags.aligned for array in arrays):
+        return Problem(walk, tuple(arrays), None)
+
+    if walk is None or not x.flags.aligned:
+        arrays[0] = x = _walkable(over, x)
         walk = _walk(over, *arrays)
-        if walk is None:
-            raise AssertionError("a copy in the walk's own order has no place in it")
+        assert walk is not None, "a copy of x has a walk"
+    target = None
+    for i, array in enumerate(arrays):
+        if walk.places[i] is not None and array.flags.aligned:
+            continue
+        beside = np.empty([x.shape[a] for a in walk.order], x.dtype)
+        beside = beside.transpose(np.argsort(walk.order))
+        if out is not None and i == len(arrays) - 1:
+            target = out
+        else:
+            np.copyto(beside, array)
+        arrays[i] = beside
+    walk = _walk(over, *arrays)
+    assert walk is not None, "what is contiguous in the walk's order has a place"
     return Problem(walk, tuple(arrays), target)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 import bncpu
 from bncpu import data, nn
+from bncpu.atomic import check_writable
 from bncpu.experiments import EXPERIMENTS
 from bncpu.experiments.results import (
     new_figure,
@@ -233,7 +234,7 @@ def bench(args: argparse.Namespace) -> None:
     import bncpu.bench  # not before it is asked for: the other commands need none of it
 
     if args.json:
-        nn.check_writable(args.json)
+        check_writable(args.json)
     bncpu.bench.run(
         quick=args.quick, num_threads=args.threads, dtype=args.dtype, json_path=args.json
     )
@@ -269,7 +270,7 @@ def train(args: argparse.Namespace) -> None:
     if checkpoint:
         checkpoint.restore(model, optimizer)
     if args.save:
-        nn.check_writable(args.save)
+        check_writable(args.save)
     if args.out:
         prepare_folder(args.out)
 

@@ -38,6 +38,7 @@ class Geometry(NamedTuple):
     rows, channels, run: K, C and S; K * S values per channel.
     order: the axes, outermost first, in which a contiguous array has a place.
     places: one per array, None for an array that does not fit.
+    complete: whether every array fits.
     """
 
     columns: bool
@@ -47,6 +48,7 @@ class Geometry(NamedTuple):
     run: int
     order: tuple[int, ...]
     places: tuple[Place | None, ...]
+    complete: bool
 
 
 @lru_cache(maxsize=256)
@@ -124,7 +126,8 @@ def geometry(
     channels = prod(shape[a] for a in axes)
     used = [a for group in outer for a in group] + channel_axes + run_group
     order = tuple([a for a in range(len(shape)) if shape[a] == 1] + used)
-    return Geometry(columns, rows, rows_per_plane, channels, run, order, places)
+    complete = all(p is not None for p in places)
+    return Geometry(columns, rows, rows_per_plane, channels, run, order, places, complete)
 
 
 def _merge(shape: tuple[int, ...], strides: tuple[int, ...], axes: list[int]) -> list[list[int]]:

@@ -10,6 +10,7 @@ import safetensors.numpy
 from accuracy import assert_same_bits
 
 from bncpu import nn
+from bncpu.atomic import check_writable
 
 
 def network(sizes=(6, 7, 5, 4), seed=5, **options):
@@ -244,7 +245,7 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("pathlib.Path.open", refuse)
-    for write in (save, nn.check_writable):
+    for write in (save, check_writable):
         with pytest.raises(PermissionError) as error:
             write(tmp_path / "run")
         assert error.value.filename == str(tmp_path / "run")
@@ -268,10 +269,10 @@ def test_where_nothing_can_be_written(tmp_path):
         (file / "run", OSError, r"file.run: its folder does not exist"),
         (tmp_path, OSError, r": exists and is not a regular file"),
     ):
-        for write in (save, nn.check_writable):
+        for write in (save, check_writable):
             with pytest.raises(error, match=message):
                 write(path)
-    nn.check_writable(tmp_path / "new")
+    check_writable(tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert file.read_bytes() == b""
 

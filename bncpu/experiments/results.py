@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bncpu.nn import atomic_write, check_writable
+from bncpu.atomic import atomic_write, check_writable
 
 JSON_NAME, FIGURE_NAME = "results.json", "figure.png"
 

@@ -7,14 +7,12 @@ optimizers.py             SGD, with momentum
 training.py               fit: batches, steps, records; evaluate
 networks.py               fully_connected: the network of the paper's section 4.1
 checkpoint.py             a training run in a safetensors file, and back, bit for bit
-atomic.py                 files written whole or not at all
 ========================  ===========================================================
 
 The layers take and return NumPy arrays of shape (n, features); `BatchNorm` is the package's own.
 """
 
 from bncpu.layer import BatchNorm
-from bncpu.nn.atomic import atomic_write, check_writable
 from bncpu.nn.checkpoint import Checkpoint, architecture, read_checkpoint, save_checkpoint
 from bncpu.nn.layers import Array, Layer, Linear, ReLU, Sequential, Sigmoid, Tanh
 from bncpu.nn.losses import SoftmaxCrossEntropy
@@ -36,8 +34,6 @@ __all__ = [
     "SoftmaxCrossEntropy",
     "Tanh",
     "architecture",
-    "atomic_write",
-    "check_writable",
     "evaluate",
     "fit",
     "fully_connected",

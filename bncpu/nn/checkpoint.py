@@ -10,8 +10,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from bncpu.atomic import atomic_write
 from bncpu.layer import BatchNorm
-from bncpu.nn.atomic import atomic_write
 from bncpu.nn.layers import Array, Layer, Sequential, check_state
 from bncpu.nn.optimizers import SGD
 

@@ -1,0 +1,171 @@
+"""How close is close: the one tolerance of the tests, and the comparisons that use it.
+
+The truth is bncpu.reference in float64. An error is measured against the size of the terms that
+make up the result (its scale), never against the result itself, which may cancel to nothing. The
+scales come from the truth here, the tolerance from dtype and m in one place, and no test has its
+own.
+"""
+
+import numpy as np
+
+from bncpu import reference
+
+EPS64 = np.finfo(np.float64).eps
+
+
+def tolerance(dtype, m, ratio=0.0):
+    """Allow an error, in units of a result's scale, for sums over m values of a dtype.
+
+    A handful of roundings in the dtype for the arithmetic of one element, and log2(m) of them for
+    a sum, blocked or pairwise: one long chain of float32 additions does not pass. Parts merge in
+    float64, whose roundings may add up like a random walk. A channel with ratio = |mean| / std
+    also loses the few last digits of a float64 mean, and no others: what the input's own precision
+    cost is already in the input, and the truth is computed from it too.
+    """
+    in_dtype = np.finfo(dtype).eps * (8.0 + np.log2(m + 1.0))
+    return in_dtype + EPS64 * (np.sqrt(m) + 4.0 * np.asarray(ratio))
+
+
+def assert_close(got, truth, *, limit, what):
+    """Compare with the truth; NaN and Inf must stand exactly where the truth has them."""
+    got, truth = np.asarray(got), np.asarray(truth)
+    assert got.shape == truth.shape, f"{what}: shape {got.shape}, expected {truth.shape}"
+    special = ~np.isfinite(truth)
+    np.testing.assert_array_equal(got[special], truth[special], err_msg=what)
+    error = np.abs(got.astype(np.float64) - truth)
+    limit = np.broadcast_to(limit, truth.shape)
+    wrong = ~special & ~(error <= limit)
+    if wrong.any():
+        excess = np.where(wrong, error / np.maximum(limit, 1e-300), 0.0)
+        worst = np.unravel_index(np.argmax(excess), wrong.shape)
+        raise AssertionError(
+            f"{what}: {np.count_nonzero(wrong)} of {wrong.size} values are off; worst at {worst}: "
+            f"got {got[worst]!r}, truth {truth[worst]!r}, error {error[worst]:.3g}, "
+            f"allowed {limit[worst]:.3g}"
+        )
+
+
+def assert_same_bits(got, expected, what="result"):
+    """Compare bit by bit: NaN equals itself, +0 differs from -0."""
+    got, expected = np.ascontiguousarray(got), np.ascontiguousarray(expected)
+    assert got.shape == expected.shape, f"{what}: {got.shape} against {expected.shape}"
+    assert got.dtype == expected.dtype, f"{what}: {got.dtype} against {expected.dtype}"
+    unsigned = np.dtype(f"u{got.itemsize}")
+    differ = np.count_nonzero(got.view(unsigned) != expected.view(unsigned))
+    assert differ == 0, f"{what}: {differ} of {got.size} values differ in their bits"
+
+
+@np.errstate(all="ignore")
+def assert_moments(got, x, *, axis=1):
+    """Compare count, mean and m2 with the truth; return the truth."""
+    truth = reference.batch_moments(x, axis=axis)
+    assert got.count == truth.count
+    _assert_float64(got.mean, got.m2)
+    assert not np.any(got.m2 < 0.0), "m2 is negative"
+    allowed = tolerance(x.dtype, truth.count)
+    _assert_mean(got.mean, truth, allowed)
+    # Parts merge by the difference of their means, and a mean is what float64 holds of it.
+    rounding = 4.0 * EPS64 * np.abs(truth.mean) * np.sqrt(truth.count)
+    limit = allowed * truth.m2 + rounding * np.sqrt(truth.m2) + rounding**2
+    assert_close(got.m2, truth.m2, limit=limit, what="m2")
+    return truth
+
+
+@np.errstate(all="ignore")
+def assert_train(got, x, gamma=None, beta=None, *, eps=1e-5, axis=1):
+    """Compare a training forward with the truth; return the truth."""
+    assert got.y.dtype == x.dtype
+    _assert_float64(got.mean, got.invstd)
+    y, x, axis = _channels_last(axis, got.y, x)
+    truth = reference.batch_norm_train(x, gamma, beta, eps=eps, axis=axis)
+    moments = reference.batch_moments(x, axis=axis)
+    _assert_mean(got.mean, moments, tolerance(x.dtype, moments.count))
+    ratio = np.abs(truth.mean) * truth.invstd
+    allowed = tolerance(x.dtype, moments.count, ratio)
+    assert_close(got.invstd, truth.invstd, limit=allowed * truth.invstd, what="invstd")
+
+    xhat = np.abs(reference.batch_norm_train(x, eps=eps, axis=axis).y)
+    limit = allowed * (_size(gamma, 1.0) * (xhat + 1.0) + _size(beta, 0.0))
+    assert_close(y, truth.y, limit=limit, what="y")
+    return truth
+
+
+@np.errstate(all="ignore")
+def assert_infer(got, x, mean, var, gamma=None, beta=None, *, eps=1e-5, axis=1):
+    """Compare inference with the truth; return the truth."""
+    assert got.dtype == x.dtype
+    y, x, axis = _channels_last(axis, got, x)
+    truth = reference.batch_norm_infer(x, mean, var, gamma, beta, eps=eps, axis=axis)
+    xhat = np.abs(reference.batch_norm_infer(x, mean, var, eps=eps, axis=axis))
+    scale = _size(gamma, 1.0) * xhat + _size(beta, 0.0)
+    assert_close(y, truth, limit=tolerance(x.dtype, 1) * scale, what="y")
+    return truth
+
+
+@np.errstate(all="ignore")
+def assert_backward(got, dy, x, mean, invstd, gamma=None, *, axis=1):
+    """Compare the gradients of a training forward with the truth; return the truth."""
+    dx, dy, x, axis = _channels_last(axis, got.dx, dy, x)
+    truth = reference.batch_norm_backward(dy, x, mean, invstd, gamma, axis=axis)
+    m = reference.batch_moments(x, axis=axis).count
+    xhat, sum_dy, sum_dy_xhat = _gradient_sizes(dy, x, mean, invstd, axis)
+    ratio = np.abs(mean) * invstd
+    terms = np.abs(dy.astype(np.float64)) + (sum_dy + xhat * sum_dy_xhat) / max(m, 1)
+    limit = tolerance(x.dtype, m, ratio) * _size(gamma, 1.0) * invstd * terms
+    assert dx.dtype == x.dtype
+    assert_close(dx, truth.dx, limit=limit, what="dx")
+    _assert_parameter_gradients(got, truth, x.dtype, m, ratio, sum_dy, sum_dy_xhat)
+    return truth
+
+
+@np.errstate(all="ignore")
+def assert_infer_backward(got, dy, x, mean, var, gamma=None, *, eps=1e-5, axis=1):
+    """Compare the gradients of inference with the truth; return the truth."""
+    dx, dy, x, axis = _channels_last(axis, got.dx, dy, x)
+    truth = reference.batch_norm_infer_backward(dy, x, mean, var, gamma, eps=eps, axis=axis)
+    m = reference.batch_moments(x, axis=axis).count
+    invstd = 1.0 / np.sqrt(np.asarray(var, dtype=np.float64) + eps)
+    _, sum_dy, sum_dy_xhat = _gradient_sizes(dy, x, mean, invstd, axis)
+    ratio = np.abs(mean) * invstd
+    assert dx.dtype == x.dtype
+    assert_close(dx, truth.dx, limit=tolerance(x.dtype, 1) * np.abs(truth.dx), what="dx")
+    _assert_parameter_gradients(got, truth, x.dtype, m, ratio, sum_dy, sum_dy_xhat)
+    return truth
+
+
+def _assert_float64(*statistics):
+    for a in statistics:
+        assert a.dtype == np.float64
+
+
+def _assert_mean(mean, moments, allowed):
+    """Compare means: an error is a part of the standard deviation, or float64's own rounding."""
+    std = np.sqrt(moments.m2 / max(moments.count, 1))
+    limit = allowed * std + 4.0 * EPS64 * np.abs(moments.mean)
+    assert_close(mean, moments.mean, limit=limit, what="mean")
+
+
+def _assert_parameter_gradients(got, truth, dtype, m, ratio, sum_dy, sum_dy_xhat):
+    assert got.dgamma.dtype == got.dbeta.dtype == dtype
+    limit = tolerance(dtype, m, ratio) * sum_dy_xhat
+    assert_close(got.dgamma, truth.dgamma, limit=limit, what="dgamma")
+    assert_close(got.dbeta, truth.dbeta, limit=tolerance(dtype, m) * sum_dy, what="dbeta")
+
+
+def _channels_last(axis, *arrays):
+    """Move the channel axes last, where parameters broadcast; return the arrays and those axes."""
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    last = tuple(range(-len(axes), 0))
+    return *(np.moveaxis(a, axes, last) for a in arrays), last
+
+
+def _size(parameter, default):
+    return default if parameter is None else np.abs(np.asarray(parameter, dtype=np.float64))
+
+
+def _gradient_sizes(dy, x, mean, invstd, axis):
+    """Return |xhat| + 1, the sum of |dy| and the sum of |dy| * (|xhat| + 1), channels last."""
+    over = tuple(range(x.ndim - len(axis)))
+    xhat = np.abs((x.astype(np.float64) - mean) * invstd) + 1.0
+    absolute = np.abs(dy.astype(np.float64))
+    return xhat, absolute.sum(over), (absolute * xhat).sum(over)

@@ -1,0 +1,60 @@
+"""Fixtures of the whole suite: fresh random numbers that can be had again, and kernel levels."""
+
+import os
+import secrets
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+import bncpu.cpu
+
+# The seed is fresh at every run, so that the suite sees more than one sample of the world;
+# BNCPU_TEST_SEED=... brings a failure back.
+SEED = int(os.environ.get("BNCPU_TEST_SEED") or secrets.randbits(32))
+
+# Kernels of a shared machine may pause for as long as its other users like.
+settings.register_profile("bncpu", deadline=None, max_examples=60, print_blob=True)
+settings.load_profile("bncpu")
+
+
+def pytest_report_header():
+    return (
+        f"bncpu: BNCPU_TEST_SEED={SEED}, levels {', '.join(bncpu.cpu.runnable_levels())}, "
+        f"chosen {bncpu.cpu.level}"
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    report = yield
+    if report.failed:
+        report.sections.append(("random numbers", f"BNCPU_TEST_SEED={SEED} repeats this run"))
+    return report
+
+
+@pytest.fixture
+def rng(request):
+    """Random numbers of this run and this test, whichever other tests run."""
+    return np.random.default_rng([SEED, zlib.crc32(request.node.nodeid.encode())])
+
+
+@pytest.fixture(params=bncpu.cpu.runnable_levels())
+def level(request):
+    """Run a test once on every compiled level that this machine can run."""
+    with bncpu.cpu.use_level(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])
+def dtype(request):
+    return np.dtype(request.param)
+
+
+@pytest.fixture
+def default_threads():
+    """Undo what a test does with set_num_threads."""
+    bncpu.set_num_threads(None)
+    yield
+    bncpu.set_num_threads(None)

@@ -1,0 +1,69 @@
+"""The examples of the documentation run as written."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import bncpu
+
+# Compiled modules have no source to read examples from; running __main__ starts the program.
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(bncpu.__path__, "bncpu.", onerror=lambda _: None)
+    if not module.name.startswith("bncpu.cpu.kernels")
+    and module.name not in ("bncpu.cpu.detect", "bncpu.__main__")
+]
+
+
+def public_callables():
+    return sorted(name for name in bncpu.__all__ if callable(getattr(bncpu, name)))
+
+
+# What functions return shows itself in the examples of those functions.
+RESULTS = {"Gradients", "LinearMap", "TrainResult"}
+
+
+@pytest.mark.parametrize("name", ["bncpu", *MODULES])
+@pytest.mark.usefixtures("default_threads")
+def test_examples(name):
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        if (error.name or "").startswith("bncpu"):
+            raise
+        pytest.skip(f"{name} needs {error.name}")
+    # pytest's warning filter and the examples' own printing should not meet.
+    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE, report=True)
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", sorted(set(public_callables()) - RESULTS))
+def test_every_public_function_has_an_example(name):
+    tests = doctest.DocTestFinder(recurse=True).find(getattr(bncpu, name), name)
+    assert any(test.examples for test in tests), f"bncpu.{name} shows no example"
+
+
+def documented(text, section):
+    """Return the names on the lines of a numpydoc section that stand at its margin."""
+    names = set()
+    inside = False
+    lines = text.splitlines()
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if set(following) == {"-"}:
+            inside = line == section
+        elif inside and line and not line.startswith((" ", "-")):
+            names |= {word.strip(" *") for word in line.partition(" : ")[0].split(",")}
+    return names
+
+
+@pytest.mark.parametrize("name", public_callables())
+def test_every_argument_is_documented(name):
+    thing = getattr(bncpu, name)
+    text = inspect.getdoc(thing) or ""
+    if inspect.isclass(thing) and issubclass(thing, tuple):
+        assert set(thing._fields) <= documented(text, "Attributes")
+    else:
+        assert set(inspect.signature(thing).parameters) <= documented(text, "Parameters")

@@ -1,0 +1,111 @@
+"""The level of the kernels: the highest that runs, or the one that BNCPU_LEVEL names."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from cases import normal
+
+import bncpu
+import bncpu.cpu
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+REPORT = """
+import sys
+import bncpu, bncpu.cpu
+import numpy as np
+y = bncpu.batch_norm_train(np.arange(24.0).reshape(4, 6)).y
+loaded = [name for name in sys.modules if name.startswith("bncpu.cpu.kernels_")]
+print(bncpu.cpu.level, *loaded)
+"""
+
+
+@pytest.mark.parametrize("name", bncpu.cpu.runnable_levels())
+def test_the_environment_forces_a_level(name):
+    """The level named is the one loaded, and the only one."""
+    run = run_python(REPORT, BNCPU_LEVEL=name)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [name, f"bncpu.cpu.kernels_{name}"]
+
+
+@pytest.mark.parametrize("value", ["", None])
+def test_the_highest_runnable_level_is_the_default(value):
+    environment = {k: v for k, v in os.environ.items() if k != "BNCPU_LEVEL"}
+    if value is not None:
+        environment["BNCPU_LEVEL"] = value
+    run = subprocess.run(
+        [sys.executable, "-c", REPORT],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[0] == bncpu.cpu.runnable_levels()[-1]
+
+
+@pytest.mark.parametrize("value", ["x86_64_v9", "avx2", "X86_64_V2", "kernels"])
+def test_an_unknown_level_is_an_import_error(value):
+    """It says what was asked for, and what there is."""
+    run = run_python("import bncpu", BNCPU_LEVEL=value)
+    assert run.returncode == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ")
+    assert f"BNCPU_LEVEL={value}" in last
+    for name in bncpu.cpu.compiled_levels():
+        assert name in last
+
+
+def test_a_level_of_another_machine_is_an_import_error():
+    foreign = "x86_64_v2" if "aarch64" in bncpu.cpu.compiled_levels() else "aarch64"
+    run = run_python("import bncpu", BNCPU_LEVEL=foreign)
+    assert run.returncode == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ")
+    assert f"BNCPU_LEVEL={foreign}" in last
+    assert all(name in last for name in bncpu.cpu.runnable_levels())
+
+
+def test_levels_are_consistent():
+    compiled, runnable = bncpu.cpu.compiled_levels(), bncpu.cpu.runnable_levels()
+    assert len(runnable) > 0
+    assert set(runnable) <= set(compiled)
+    assert bncpu.cpu.level in runnable
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        assert "x86_64_v2" in runnable
+
+
+def test_use_level_swaps_the_kernels_and_puts_them_back(level):
+    assert bncpu.cpu.level == level
+    assert bncpu.cpu.kernels is bncpu.cpu.load_level(level)
+    assert bncpu.cpu.kernels.__name__ == f"bncpu.cpu.kernels_{level}"
+    with pytest.raises(RuntimeError, match="on purpose"), bncpu.cpu.use_level(level):
+        raise RuntimeError("on purpose")
+    assert bncpu.cpu.level == level
+
+
+def test_levels_agree(rng, dtype):
+    """The same sums in other registers: equal to a few roundings, on every level."""
+    x = normal(rng, (7, 33, 65), dtype)
+    results = []
+    for name in bncpu.cpu.runnable_levels():
+        with bncpu.cpu.use_level(name):
+            results.append(bncpu.batch_norm_train(x))
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=20 * np.finfo(dtype).eps)

@@ -1,0 +1,232 @@
+"""Properties that hold for arrays of any shape, axis, stride and content (hypothesis)."""
+
+import math
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from accuracy import (
+    EPS64,
+    assert_backward,
+    assert_infer,
+    assert_infer_backward,
+    assert_moments,
+    assert_same_bits,
+    assert_train,
+)
+from hypothesis import example, given
+from hypothesis.extra import numpy as hnp
+
+import bncpu
+import bncpu.cpu
+from bncpu import reference
+
+LEVELS = st.sampled_from(bncpu.cpu.runnable_levels())
+DTYPES = st.sampled_from([np.dtype(np.float32), np.dtype(np.float64)])
+
+
+@st.composite
+def axes_of(draw, ndim):
+    """Draw an axis, or a tuple of some, counted from either end."""
+    some = draw(st.permutations(range(ndim)))[: draw(st.integers(1, ndim))]
+    some = [a - ndim * draw(st.booleans()) for a in some]
+    return some[0] if len(some) == 1 and draw(st.booleans()) else tuple(some)
+
+
+@st.composite
+def shapes(draw):
+    """Draw a shape whose sizes like to stand beside vector widths, of a few thousand elements."""
+    size = st.one_of(
+        st.integers(0, 6), st.sampled_from([7, 8, 9, 15, 16, 17, 31, 32, 33, 49, 65, 97])
+    )
+    shape = draw(st.lists(size, min_size=1, max_size=5))
+    while math.prod(shape) > 5000:
+        shape[shape.index(max(shape))] //= 4
+    return tuple(shape)
+
+
+@st.composite
+def views(draw, shape, dtype):
+    """Draw an array of that shape that looks at a larger one in any order, direction and step."""
+    order = draw(st.permutations(range(len(shape))))
+    steps = [draw(st.sampled_from([1, 1, 1, 2, -1, -2, 3])) for _ in shape]
+    margins = [draw(st.integers(0, 2)) for _ in shape]
+    sizes = [n * abs(s) + 2 * m for n, s, m in zip(shape, steps, margins, strict=True)]
+    base = np.full([sizes[a] for a in order], 77.0, dtype).transpose(np.argsort(order))
+    return base[
+        tuple(
+            slice(m, m + n * abs(s), abs(s)) for n, s, m in zip(shape, steps, margins, strict=True)
+        )
+    ][tuple(slice(None, None, -1 if s < 0 else 1) for s in steps)]
+
+
+def channel_shape(shape, axis):
+    return tuple(shape[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
+
+
+@st.composite
+def problems(draw):
+    """Draw dtype, axis, and arrays: x and dy as views, and one value per channel of the rest."""
+    dtype = draw(DTYPES)
+    shape = draw(shapes())
+    axis = draw(axes_of(len(shape)))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    scale = draw(st.sampled_from([1.0, 1.0, 1e-3, 1e4]))
+    offset = draw(st.sampled_from([0.0, 0.0, 3.0, 1e3, -1e5])) * scale
+    x, dy = draw(views(shape, dtype)), draw(views(shape, dtype))
+    x[...] = random.standard_normal(shape) * scale + offset
+    dy[...] = random.standard_normal(shape)
+    channels = channel_shape(shape, axis)
+    gamma = random.standard_normal(channels).astype(dtype) if draw(st.booleans()) else None
+    beta = random.standard_normal(channels).astype(dtype) if draw(st.booleans()) else None
+    return dtype, axis, x, dy, gamma, beta
+
+
+def new_output(data, x):
+    return data.draw(st.one_of(st.none(), views(x.shape, x.dtype)))
+
+
+@given(LEVELS, problems(), st.data())
+def test_all_functions(level, problem, data):
+    dtype, axis, x, dy, gamma, beta = problem
+    before = x.copy(), dy.copy()
+    with bncpu.cpu.use_level(level):
+        moments = bncpu.batch_moments(x, axis=axis)
+        truth = assert_moments(moments, x, axis=axis)
+        mean, var = truth.mean, truth.m2 / max(truth.count, 1) + 0.01
+        y = bncpu.batch_norm_infer(x, mean, var, gamma, beta, axis=axis, out=new_output(data, x))
+        assert_infer(y, x, mean, var, gamma, beta, axis=axis)
+        got = bncpu.batch_norm_infer_backward(
+            dy, x, mean, var, gamma, axis=axis, out=new_output(data, x)
+        )
+        assert_infer_backward(got, dy, x, mean, var, gamma, axis=axis)
+        if truth.count == 1 and x.size > 0:
+            with pytest.raises(ValueError, match=r"^x: .*batch_norm_infer"):
+                bncpu.batch_norm_train(x, gamma, beta, axis=axis)
+            return
+        trained = bncpu.batch_norm_train(x, gamma, beta, axis=axis, out=new_output(data, x))
+        batch = assert_train(trained, x, gamma, beta, axis=axis)
+        got = bncpu.batch_norm_backward(
+            dy, x, batch.mean, batch.invstd, gamma, axis=axis, out=new_output(data, x)
+        )
+        assert_backward(got, dy, x, batch.mean, batch.invstd, gamma, axis=axis)
+    assert got.dx.dtype == dtype
+    assert_same_bits(x, before[0], "x")
+    assert_same_bits(dy, before[1], "dy")
+
+
+# Values whose squares float64 can hold: below, the truth has no variance to measure an error by.
+finite = {
+    width: st.floats(-1e6, 1e6, width=width).map(lambda v: v if abs(v) > 1e-100 else 0.0)
+    for width in (32, 64)
+}
+SPECIAL = [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-30, -1e30, 1e-45]
+
+
+@given(LEVELS, DTYPES, st.data())
+def test_special_values_stay_in_their_channel(level, dtype, data):
+    """Whatever stands in one channel, the others have the bits that they have without it."""
+    n, c, s = data.draw(st.tuples(st.integers(2, 5), st.integers(2, 40), st.integers(1, 40)))
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    x = random.standard_normal((n, c, s)).astype(dtype)
+    victim = data.draw(st.integers(0, c - 1))
+    others = np.arange(c) != victim
+    spoiled = x.copy()
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.tuples(st.integers(0, n - 1), st.integers(0, s - 1)))
+        spoiled[place[0], victim, place[1]] = data.draw(st.sampled_from(SPECIAL))
+    last = data.draw(st.booleans())
+    axis = -1 if last else 1
+    if last:
+        x, spoiled = (np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, spoiled))
+    with bncpu.cpu.use_level(level):
+        clean, got = (bncpu.batch_norm_train(a, axis=axis) for a in (x, spoiled))
+    assert_same_bits(got.mean[others], clean.mean[others])
+    assert_same_bits(got.invstd[others], clean.invstd[others])
+    assert_same_bits(np.moveaxis(got.y, axis, 0)[others], np.moveaxis(clean.y, axis, 0)[others])
+    channel = np.moveaxis(spoiled, axis, 0)[victim]
+    if np.isfinite(channel).all():
+        one = np.moveaxis(got.y, axis, 0)[victim]
+        assert_train(
+            bncpu.TrainResult(one.reshape(-1, 1), got.mean[[victim]], got.invstd[[victim]]),
+            channel.reshape(-1, 1),
+        )
+    else:
+        assert np.isnan(np.moveaxis(got.y, axis, 0)[victim]).all()
+
+
+@given(
+    LEVELS,
+    DTYPES.flatmap(
+        lambda dtype: hnp.arrays(
+            dtype,
+            st.tuples(st.integers(2, 9), st.integers(1, 9), st.integers(1, 20)),
+            elements=finite[dtype.itemsize * 8],
+        )
+    ),
+)
+@example(bncpu.cpu.level, np.full((2, 1, 9), 0.1, np.float32))
+@example(bncpu.cpu.level, np.array([[[16777216.0]], [[16777218.0]]], np.float32))
+def test_any_finite_values(level, x):
+    """Values of hypothesis' own choosing: constants, steps, lonely outliers."""
+    with bncpu.cpu.use_level(level):
+        assert_train(bncpu.batch_norm_train(x), x)
+        got = bncpu.batch_moments(x)
+    assert np.all(got.m2 >= 0.0)
+    smallest, largest = x.min((0, 2)).astype(np.float64), x.max((0, 2)).astype(np.float64)
+    slack = 4 * EPS64 * np.abs(x).max()
+    assert np.all(got.mean >= smallest - slack)
+    assert np.all(got.mean <= largest + slack)
+
+
+@given(
+    LEVELS, DTYPES, st.floats(width=32, allow_nan=False, allow_infinity=False), shapes(), st.data()
+)
+def test_constant_gives_exactly_beta(level, dtype, value, shape, data):
+    axis = data.draw(axes_of(len(shape)))
+    channels = channel_shape(shape, axis)
+    if math.prod(shape) <= math.prod(channels):
+        shape = (*shape, 2)
+        axis = tuple(a - 1 if a < 0 else a for a in (axis if isinstance(axis, tuple) else (axis,)))
+    x = data.draw(views(shape, dtype))
+    x[...] = value
+    beta = (np.arange(math.prod(channels)).reshape(channels) / 3 - 1).astype(dtype)
+    gamma = np.full(channels, 1e3, dtype)
+    with bncpu.cpu.use_level(level):
+        y = bncpu.batch_norm_train(x, gamma, beta, axis=axis).y
+    expected = reference.batch_norm_train(x, gamma, beta, axis=axis).y
+    assert np.all(y == expected.astype(dtype))
+
+
+@given(DTYPES, st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 5), st.data())
+def test_moments_of_parts(dtype, sizes, channels, data):
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    offsets = random.choice([0.0, 1.0, 100.0], len(sizes))
+    parts = [
+        (random.standard_normal((n, channels)) + offset).astype(dtype)
+        for n, offset in zip(sizes, offsets, strict=True)
+    ]
+    whole = sum(bncpu.batch_moments(part) for part in parts)
+    assert_moments(whole, np.concatenate(parts))
+
+
+@given(LEVELS, DTYPES, shapes(), st.data())
+def test_running_statistics_through_any_strides(level, dtype, shape, data):
+    axis = data.draw(axes_of(len(shape)))
+    channels = channel_shape(shape, axis)
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    x = random.standard_normal(shape).astype(dtype)
+    if reference.batch_moments(x, axis=axis).count == 1:
+        return
+    statistics = np.dtype(data.draw(st.sampled_from([np.float32, np.float64])))
+    mean, var = data.draw(views(channels, statistics)), data.draw(views(channels, statistics))
+    mean[...], var[...] = random.standard_normal(channels), random.random(channels)
+    expected = mean.astype(np.float64), var.astype(np.float64)
+    momentum = data.draw(st.floats(0.0, 1.0))
+    with bncpu.cpu.use_level(level):
+        bncpu.batch_norm_train(x, running_mean=mean, running_var=var, momentum=momentum, axis=axis)
+    reference.batch_norm_train(
+        x, running_mean=expected[0], running_var=expected[1], momentum=momentum, axis=axis
+    )
+    np.testing.assert_allclose(mean, expected[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(var, expected[1], rtol=1e-5, atol=1e-5)

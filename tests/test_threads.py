@@ -1,0 +1,303 @@
+"""Threads: as many as asked for, the same bits for any number, and none in anybody's way."""
+
+import concurrent.futures
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import threadpoolctl
+from accuracy import assert_same_bits
+from cases import lay, normal, parameters
+
+import bncpu
+
+NUMBERS = (1, 2, 3, 7)
+
+# Many channels, which go to threads tile by tile; few large ones, which the threads share; and
+# channels innermost, both narrow and wide. All are too large for the serial shortcut.
+SHAPES = {
+    "many": ((16, 64, 28, 28), 1, "c"),
+    "many_short": ((32, 513, 7, 7), 1, "c"),
+    "odd": ((9, 97, 33, 35), 1, "c"),
+    "few": ((16, 2, 256, 256), 1, "c"),
+    "one": ((1, 1, 1024, 1025), 1, "c"),
+    "three": ((5, 3, 131_073), 1, "c"),
+    "cropped": ((8, 17, 63, 65), 1, "cropped"),
+    "columns": ((3000, 300), 1, "c"),
+    "narrow_columns": ((200_001, 5), 1, "c"),
+    "channels_last": ((8, 33, 56, 57), 1, "channels_last"),
+    "rows_in_channel_0": ((3, 400_001), 0, "c"),
+}
+
+
+def everything(dy, x, gamma, beta, axis, **threads):
+    """Return every array that the public functions compute from x and dy."""
+    running_mean, running_var = np.zeros_like(gamma), np.ones_like(gamma)
+    trained = bncpu.batch_norm_train(
+        x, gamma, beta, running_mean=running_mean, running_var=running_var, axis=axis, **threads
+    )
+    mean, invstd = np.full(gamma.shape, 0.5), np.full(gamma.shape, 0.4)
+    moments = bncpu.batch_moments(x, axis=axis, **threads)
+    return {
+        **{f"train {name}": a for name, a in trained._asdict().items()},
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "infer y": bncpu.batch_norm_infer(x, mean, invstd, gamma, beta, axis=axis, **threads),
+        **{
+            f"{function.__name__} {name}": a
+            for function in (bncpu.batch_norm_backward, bncpu.batch_norm_infer_backward)
+            for name, a in function(dy, x, mean, invstd, gamma, axis=axis, **threads)
+            ._asdict()
+            .items()
+        },
+        "moments mean": moments.mean,
+        "moments m2": moments.m2,
+    }
+
+
+def problem(rng, which, dtype=np.float32):
+    shape, axis, layout = SHAPES[which]
+    x, dy = normal(rng, shape, dtype), normal(rng, shape, dtype)
+    return lay(layout, dy), lay(layout, x), *parameters(rng, shape[axis], dtype), axis
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("which", SHAPES)
+def test_any_number_gives_the_same_bits(rng, dtype, which):
+    arrays = problem(rng, which, dtype)
+    expected = everything(*arrays, num_threads=NUMBERS[0])
+    for number in NUMBERS[1:]:
+        got = everything(*arrays, num_threads=number)
+        for name, a in got.items():
+            assert_same_bits(a, expected[name], f"{name} on {number} threads")
+
+
+@pytest.mark.usefixtures("default_threads")
+def test_set_num_threads(rng):
+    arrays = problem(rng, "many")
+    expected = everything(*arrays)
+    for number in NUMBERS:
+        bncpu.set_num_threads(number)
+        assert bncpu.get_num_threads() == number
+        for name, a in everything(*arrays).items():
+            assert_same_bits(a, expected[name], f"{name} on {number} threads")
+    bncpu.set_num_threads(None)
+    assert bncpu.get_num_threads() >= 1
+
+
+def test_numpy_integers_are_numbers_of_threads(rng):
+    x = normal(rng, (9, 3), np.float32)
+    assert_same_bits(
+        bncpu.batch_norm_train(x, num_threads=np.int64(2)).y, bncpu.batch_norm_train(x).y
+    )
+
+
+@pytest.mark.usefixtures("default_threads")
+def test_threadpoolctl_limits():
+    with threadpoolctl.threadpool_limits(1, user_api="openmp"):
+        assert bncpu.get_num_threads() == 1
+    with threadpoolctl.threadpool_limits(3, user_api="openmp"):
+        assert bncpu.get_num_threads() == 3
+
+
+# Prints get_num_threads(), how many threads of this process a large call has left behind, and the
+# bits of its result. Without NumPy's BLAS in the way: its threads are there before the call.
+COUNT_THREADS = """
+import contextlib, hashlib, os
+import numpy as np
+import bncpu
+{setup}
+x = (np.arange(16 * 64 * 784) % 1013).astype(np.float32).reshape(16, 64, 28, 28)
+before = len(os.listdir("/proc/self/task"))
+with {context}:
+    number = bncpu.get_num_threads()
+    y = bncpu.batch_norm_train(x, {arguments}).y
+after = len(os.listdir("/proc/self/task"))
+print(number, after - before + 1, hashlib.sha256(y.tobytes()).hexdigest())
+"""
+
+
+def count_threads(*, setup="", context="contextlib.nullcontext()", arguments="", environment=()):
+    code = COUNT_THREADS.format(setup=setup, context=context, arguments=arguments)
+    cleaned = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "BNCPU_NUM"))}
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=cleaned | dict(environment),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    number, used, digest = run.stdout.split()
+    return int(number), int(used), digest
+
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc"
+)
+needs_openmp = pytest.mark.skipif(
+    not any(pool["user_api"] == "openmp" for pool in threadpoolctl.threadpool_info()),
+    reason="a serial build",
+)
+
+
+@needs_proc
+@needs_openmp
+def test_the_number_asked_for_is_the_number_used():
+    # NumPy's BLAS is left alone: it would start threads of its own.
+    limit = "__import__('threadpoolctl').threadpool_limits({}, user_api='openmp')"
+    one = {"OMP_NUM_THREADS": "1"}
+    results = [
+        (1, count_threads(environment=one)),
+        (3, count_threads(environment={"OMP_NUM_THREADS": "3"})),
+        (1, count_threads(setup="bncpu.set_num_threads(1)")),
+        (3, count_threads(setup="bncpu.set_num_threads(3)")),
+        (2, count_threads(setup="bncpu.set_num_threads(2)", environment=one)),
+        (1, count_threads(context=limit.format(1))),
+        (2, count_threads(context=limit.format(2), environment=one)),
+    ]
+    for expected, (number, used, _) in results:
+        assert number == used == expected
+    # An argument of the call goes before all of them, for that call.
+    calls = [
+        (1, count_threads(arguments="num_threads=1")),
+        (3, count_threads(arguments="num_threads=3", environment=one)),
+        (1, count_threads(arguments="num_threads=1", setup="bncpu.set_num_threads(3)")),
+    ]
+    for expected, (_, used, _) in calls:
+        assert used == expected
+    assert len({digest for _, (_, _, digest) in results + calls}) == 1
+
+
+@needs_proc
+@needs_openmp
+def test_small_problems_start_no_threads():
+    setup = "bncpu.batch_norm_train(np.ones((8, 16), np.float32), num_threads=4)"
+    code = f"import os, bncpu, numpy as np\n{setup}\nprint(len(os.listdir('/proc/self/task')))"
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert run.stdout.strip() == "1"
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_gil_is_released(rng, number):
+    """Another Python thread runs during a kernel.
+
+    With a switch interval of many seconds a thread gets the interpreter only when somebody gives
+    it away, which between the gate and the check nothing but the kernel does. How soon the other
+    thread wakes up is the operating system's choice, so there are several tries.
+    """
+    x = normal(rng, (8, 3, 900, 901), np.float32)
+    out = np.empty_like(x)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)
+    try:
+        seen = False
+        for _ in range(20):
+            gate, ran = threading.Lock(), []
+            gate.acquire()
+
+            def other(gate=gate, ran=ran):
+                with gate:
+                    ran.append(True)
+
+            thread = threading.Thread(target=other)
+            thread.start()
+            gate.release()
+            before = bool(ran)
+            bncpu.batch_norm_train(x, out=out, num_threads=number)
+            seen = bool(ran) and not before
+            thread.join()
+            if seen:
+                break
+    finally:
+        sys.setswitchinterval(interval)
+    assert seen, "no other thread ran during a kernel"
+
+
+@pytest.mark.usefixtures("level")
+def test_concurrent_calls(rng):
+    """Calls from several Python threads, of different sizes and numbers of threads, at once."""
+    names = ["many", "few", "columns", "three"]
+    problems = {name: problem(rng, name) for name in names}
+    expected = {name: everything(*problems[name], num_threads=1) for name in names}
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        futures = [
+            (name, pool.submit(everything, *problems[name], num_threads=1 + i % 3))
+            for i, name in enumerate(names * 3)
+        ]
+        for name, future in futures:
+            for what, a in future.result(timeout=120).items():
+                assert_same_bits(a, expected[name][what], f"{name}: {what}")
+
+
+def test_concurrent_small_calls(rng):
+    x = [normal(rng, (8, 16 + i), np.float32) for i in range(8)]
+    expected = [bncpu.batch_norm_train(a).y for a in x]
+
+    def many(i):
+        return [bncpu.batch_norm_train(x[i]).y for _ in range(200)]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for i, results in enumerate(pool.map(many, range(8), timeout=120)):
+            for y in results:
+                assert_same_bits(y, expected[i])
+
+
+def _in_a_child(pipe, arrays):
+    bits = {name: a.tobytes() for name, a in everything(*arrays).items()}
+    pipe.send((bncpu.get_num_threads(), bits))
+    pipe.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("which", ["many", "few"])
+def test_a_forked_child_computes_and_does_not_hang(rng, which):
+    """Threads of OpenMP do not survive a fork; a child that waits for them waits forever."""
+    arrays = problem(rng, which)
+    expected = everything(*arrays, num_threads=2)  # the parent's team exists from here on
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_in_a_child, args=(sender, arrays))
+    with warnings.catch_warnings():
+        # What Python 3.12 warns of is what is tested here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child.start()
+    try:
+        assert receiver.poll(60), "the child hangs"
+        number, bits = receiver.recv()
+        child.join(60)
+        assert child.exitcode == 0
+    finally:
+        if child.is_alive():
+            child.kill()
+            child.join()
+        receiver.close()
+        sender.close()
+    assert number == 1
+    assert bits == {name: a.tobytes() for name, a in expected.items()}
+    # And the parent still has its threads.
+    for name, a in everything(*arrays, num_threads=2).items():
+        assert_same_bits(a, expected[name], name)
+
+
+def test_show_config(capsys):
+    bncpu.show_config()
+    printed = capsys.readouterr().out
+    for word in [np.__version__, bncpu.__version__, bncpu.cpu.level, *bncpu.cpu.compiled_levels()]:
+        assert word in printed
+    assert isinstance(bncpu.config(), dict)
