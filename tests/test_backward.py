@@ -8,7 +8,7 @@ from cases import ROWS_OF_CHANNELS, SIZES, normal, of_size, parameters, statisti
 import bncpu
 from bncpu import reference
 
-pytestmark = [pytest.mark.usefixtures("level"), pytest.mark.smoke]
+pytestmark = pytest.mark.usefixtures("level")
 
 
 def problem(rng, shape, dtype, axis=1, *, mean=0.5, std=2.0, eps=1e-5):

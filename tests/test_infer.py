@@ -9,7 +9,7 @@ from cases import ROWS_OF_CHANNELS, SIZES, normal, of_size, parameters, statisti
 
 import bncpu
 
-pytestmark = [pytest.mark.usefixtures("level"), pytest.mark.smoke]
+pytestmark = pytest.mark.usefixtures("level")
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -8,7 +8,7 @@ from cases import ROWS_OF_CHANNELS, SIZES, normal, of_size, parameters
 import bncpu
 from bncpu import reference
 
-pytestmark = [pytest.mark.usefixtures("level"), pytest.mark.smoke]
+pytestmark = pytest.mark.usefixtures("level")
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
