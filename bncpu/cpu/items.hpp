@@ -11,10 +11,12 @@ namespace {
 struct Item {
     int64_t part, c0, c1, slot;  // slot: where its sums stand in the tile's table
 
-    Item(const Plan& plan, int64_t tile_c0, int64_t tile_c1, int64_t index) {
+    Item(const Grid& grid, const Plan& plan, int64_t tile_c0, int64_t tile_c1, int64_t index) {
         const int64_t units = ceil_div(tile_c1 - tile_c0, plan.unit_channels);
-        part = index / units;
-        c0 = tile_c0 + index % units * plan.unit_channels;
+        // As memory has them: rows outermost, unless rows are few and therefore long.
+        const int64_t unit = grid.whole_rows ? index % units : index / grid.parts;
+        part = grid.whole_rows ? index / units : index % grid.parts;
+        c0 = tile_c0 + unit * plan.unit_channels;
         c1 = std::min(tile_c1, c0 + plan.unit_channels);
         slot = part * plan.tile_channels + c0 - tile_c0;
     }
@@ -27,7 +29,7 @@ int64_t items_in(const Job<T>& job, int64_t c0, int64_t c1) {
 
 template <class T>
 void moments_item(const Job<T>& job, int64_t c0, int64_t c1, int64_t index, Sums* table) {
-    const Item item(job.plan, c0, c1, index);
+    const Item item(job.grid, job.plan, c0, c1, index);
     Sums* total = table + item.slot;
     Sums sums[kColumns];
     double count = 0;
@@ -38,7 +40,7 @@ void moments_item(const Job<T>& job, int64_t c0, int64_t c1, int64_t index, Sums
             column_moments(job.x, piece, item.c0, item.c1, sums);
         else
             for (int64_t c = item.c0; c < item.c1; ++c)
-                sums[c - item.c0] = row_moments(job.x, piece, c);
+                sums[c - item.c0] = row_moments(job, piece, c);
         for (int64_t c = 0; c < item.c1 - item.c0; ++c)
             total[c] =
                 count == 0 ? sums[c] : merge_moments(count, total[c], piece.count(), sums[c]);
@@ -48,28 +50,34 @@ void moments_item(const Job<T>& job, int64_t c0, int64_t c1, int64_t index, Sums
 
 template <class T>
 void gradients_item(const Job<T>& job, int64_t c0, int64_t c1, int64_t index, Sums* table) {
-    const Item item(job.plan, c0, c1, index);
+    const Item item(job.grid, job.plan, c0, c1, index);
     Sums* total = table + item.slot;
-    Sums sums[kColumns];
     std::fill_n(total, item.c1 - item.c0, Sums{0, 0});
-    for (int64_t p = part_begin(job.grid, item.part); p < part_begin(job.grid, item.part + 1);
-         ++p) {
-        const Piece piece(job.grid, p);
-        if (job.grid.shape.columns)
-            column_gradients(job, piece, item.c0, item.c1, sums);
-        else
-            for (int64_t c = item.c0; c < item.c1; ++c)
-                sums[c - item.c0] = row_gradients(job, piece, c);
-        for (int64_t c = 0; c < item.c1 - item.c0; ++c) {
-            total[c].first += sums[c].first;
-            total[c].second += sums[c].second;
+    const int64_t begin = part_begin(job.grid, item.part);
+    const int64_t end = part_begin(job.grid, item.part + 1);
+    const auto add = [](Sums& to, Sums sums) {
+        to.first += sums.first;
+        to.second += sums.second;
+    };
+    if (job.grid.shape.columns) {
+        const ColumnCoefficients<T> k(job.channels, item.c0, item.c1, job.grid.shape.run);
+        Sums sums[kColumns];
+        for (int64_t p = begin; p < end; ++p) {
+            column_gradients(job, Piece(job.grid, p), item.c0, item.c1, k, sums);
+            for (int64_t c = 0; c < item.c1 - item.c0; ++c) add(total[c], sums[c]);
+        }
+    } else {
+        for (int64_t c = item.c0; c < item.c1; ++c) {
+            const ChannelCoefficients<T> k(job.channels, c);
+            for (int64_t p = begin; p < end; ++p)
+                add(total[c - item.c0], row_gradients(job, Piece(job.grid, p), c, k));
         }
     }
 }
 
 template <class Operation, class T>
 void apply_item(const Job<T>& job, int64_t c0, int64_t c1, int64_t index) {
-    const Item item(job.plan, c0, c1, index);
+    const Item item(job.grid, job.plan, c0, c1, index);
     const int64_t begin = part_begin(job.grid, item.part);
     const int64_t end = part_begin(job.grid, item.part + 1);
     if (job.grid.shape.columns) {

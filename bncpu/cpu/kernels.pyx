@@ -43,6 +43,7 @@ cdef extern from "tiling.hpp" namespace "bncpu" nogil:
     cdef struct Grid:
         Shape shape
         int64_t piece_rows, segments, pieces, parts
+        bint whole_rows
 
     cdef struct Plan:
         int64_t tile_channels, tiles, unit_channels
@@ -334,6 +335,7 @@ def tile_plan(bint columns, int64_t rows, int64_t channels, int64_t run, *, int6
         "segments": grid.segments,
         "pieces": grid.pieces,
         "parts": grid.parts,
+        "whole_rows": bool(grid.whole_rows),
         "tile_channels": plan.tile_channels,
         "tiles": plan.tiles,
         "unit_channels": plan.unit_channels,

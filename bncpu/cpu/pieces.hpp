@@ -59,9 +59,10 @@ inline int64_t values_before(const Grid& grid, int64_t piece) {
     return row * shape.run + std::min(shape.run, piece % grid.segments * kPieceValues);
 }
 
-// The first piece of a part; parts differ by one piece at most.
+// The first piece of a part; parts differ by one row group (or one piece) at most.
 inline int64_t part_begin(const Grid& grid, int64_t part) {
-    return grid.pieces / grid.parts * part + std::min(part, grid.pieces % grid.parts);
+    const int64_t step = grid.whole_rows ? grid.segments : 1, steps = grid.pieces / step;
+    return step * (steps / grid.parts * part + std::min(part, steps % grid.parts));
 }
 
 inline double part_count(const Grid& grid, int64_t part) {
@@ -120,35 +121,45 @@ Sums careful_moments(const View<T>& x, const Piece& piece, int64_t c) {
     return {mean, 0};  // not reached
 }
 
-// Rows form: mean first, then sums about it while the piece is in L1.
+// What this thread will read after row k of a piece: the rest of the row, then the next channel's
+// row, or the same channel's further rows where the tile is that one channel.
 template <class T>
-Sums row_moments(const View<T>& x, const Piece& piece, int64_t c) {
-    struct Accumulator {
-        Vec<T> sum, squares;
-    };
-    const Vec<T> zero = Vec<T>::all(0);
-    Accumulator total[kAccumulators] = {{zero, zero}, {zero, zero}, {zero, zero}, {zero, zero}};
+const T* row_ahead(const Job<T>& job, const View<T>& x, const Piece& piece, int64_t k, int64_t c) {
+    const Shape& shape = job.grid.shape;
+    const int64_t below = k + job.grid.piece_rows;
+    if (piece.start + piece.length == shape.run && job.plan.tile_channels == 1 &&
+        below < shape.rows)
+        return x.at(below, c);
+    return x.at(k, c) + piece.start + piece.length;
+}
+
+// Rows form: mean first, then sums about it while the piece is in L1. The second pass, which leaves
+// memory idle, asks for what comes next.
+template <class T>
+Sums row_moments(const Job<T>& job, const Piece& piece, int64_t c) {
+    const View<T>& x = job.x;
+    Accumulators<T> plain, about_pivot;
     for (int64_t k = piece.k0; k < piece.k1; ++k)
         fold_row(
-            total, piece.length, [](Accumulator& a, Vec<T> v) { a.sum = a.sum + v; },
-            Row<T>{x.at(k, c) + piece.start, zero});
+            plain, piece.length, [](int64_t, auto& to, Vec<T> v) { to.first = to.first + v; },
+            Row<T>{x.at(k, c) + piece.start, Vec<T>::all(0)});
     const double n = piece.count();
-    const T pivot = (T)(((total[0].sum + total[1].sum) + (total[2].sum + total[3].sum)).sum() / n);
+    const T pivot = (T)(plain.first() / n);
 
     const Vec<T> about = Vec<T>::all(pivot);
-    Accumulator a[kAccumulators] = {{zero, zero}, {zero, zero}, {zero, zero}, {zero, zero}};
-    for (int64_t k = piece.k0; k < piece.k1; ++k)
+    for (int64_t k = piece.k0; k < piece.k1; ++k) {
+        const T* ahead = row_ahead(job, x, piece, k, c);
         fold_row(
-            a, piece.length,
-            [about](Accumulator& to, Vec<T> v) {
+            about_pivot, piece.length,
+            [about, ahead](int64_t i, auto& to, Vec<T> v) {
+                prefetch(ahead + i);
                 const Vec<T> d = v - about;
-                to.sum = to.sum + d;
-                to.squares = fma(d, d, to.squares);
+                to.first = to.first + d;
+                to.second = fma(d, d, to.second);
             },
             Row<T>{x.at(k, c) + piece.start, about});
-    const double sum = ((a[0].sum + a[1].sum) + (a[2].sum + a[3].sum)).sum();
-    const double squares = ((a[0].squares + a[1].squares) + (a[2].squares + a[3].squares)).sum();
-    const Sums moments = moments_about(pivot, sum, squares, n);
+    }
+    const Sums moments = moments_about(pivot, about_pivot.first(), about_pivot.second(), n);
     return out_of_range(pivot, moments.second, n) ? careful_moments(x, piece, c) : moments;
 }
 
@@ -160,90 +171,114 @@ inline void by_quads(const Piece& piece, F f) {
     for (; k < piece.k1; ++k) f(k, std::integral_constant<int, 1>());
 }
 
-// Columns form: sums about the mean of the piece's first rows, column by column, then the columns
-// of a channel merged as equal parts. A pivot from r of R rows costs at most a factor 1 + R / r of
-// the rounding error, and that only if those rows are outliers.
+// Columns form: two sums down each column of a strip.
+template <class T>
+struct ColumnSums {
+    alignas(64) T first[kColumns + Vec<T>::lanes] = {}, second[kColumns + Vec<T>::lanes] = {};
+
+    void add(int64_t i, Vec<T> a, Vec<T> b) {
+        (Vec<T>::load(first + i) + a).store(first + i);
+        (Vec<T>::load(second + i) + b).store(second + i);
+    }
+
+    // The sums of one channel: its `run` columns from j on.
+    Sums of(int64_t j, int64_t run) const {
+        if (run == 1) return {first[j], second[j]};
+        const Vec<T> zero = Vec<T>::all(0);
+        Accumulators<T> total;
+        fold_row(
+            total, run,
+            [](int64_t, auto& to, Vec<T> a, Vec<T> b) {
+                to.first = to.first + a;
+                to.second = to.second + b;
+            },
+            Row<T>{first + j, zero}, Row<T>{second + j, zero});
+        return {total.first(), total.second()};
+    }
+};
+
+// A pivot for every channel, written out per column: the mean of its values in the first rows. From
+// r of R rows, it costs at most a factor 1 + R / r of the rounding error, and that only if those
+// rows are outliers.
+template <class T>
+void find_pivots(const View<T>& x, const Piece& piece, int64_t c0, int64_t c1, T* pivot) {
+    const int64_t rows = std::min<int64_t>(piece.k1 - piece.k0, 4), run = piece.length;
+    const Vec<T> zero = Vec<T>::all(0);
+    if (run == 1) {
+        const Vec<T> share = Vec<T>::all((T)1 / (T)rows);
+        by_vectors<T>(c1 - c0, [&](int64_t i, auto load) {
+            Vec<T> mean = zero;
+            for (int64_t k = piece.k0; k < piece.k0 + rows; ++k)
+                mean = fma(load(x.at(k, c0), zero), share, mean);
+            mean.store(pivot + i);
+        });
+        return;
+    }
+    for (int64_t c = c0; c < c1; ++c) {
+        Accumulators<T> total;
+        for (int64_t k = piece.k0; k < piece.k0 + rows; ++k)
+            fold_row(
+                total, run, [](int64_t, auto& to, Vec<T> v) { to.first = to.first + v; },
+                Row<T>{x.at(k, c), zero});
+        std::fill_n(pivot + (c - c0) * run, run, (T)(total.first() / (double)(rows * run)));
+    }
+}
+
 template <class T>
 void column_moments(const View<T>& x, const Piece& piece, int64_t c0, int64_t c1, Sums* out) {
-    constexpr int64_t L = Vec<T>::lanes;
-    const int64_t run = piece.length, width = (c1 - c0) * run, rows = piece.k1 - piece.k0;
-    alignas(64) T pivot[kColumns + L], sum[kColumns + L] = {}, squares[kColumns + L] = {};
-    const Vec<T> zero = Vec<T>::all(0);
+    const int64_t run = piece.length, width = (c1 - c0) * run;
+    alignas(64) T pivot[kColumns + Vec<T>::lanes];
+    find_pivots(x, piece, c0, c1, pivot);
 
-    const int64_t first = std::min<int64_t>(rows, 4);
-    const Vec<T> share = Vec<T>::all((T)1 / (T)first);
-    for (int64_t i = 0; i < width; i += L) {
-        Vec<T> mean = zero;
-        for (int64_t k = 0; k < first; ++k) {
-            const T* p = x.at(piece.k0 + k, c0) + i;
-            mean = fma(i + L <= width ? Vec<T>::load(p) : Vec<T>::load(p, width - i, zero), share,
-                       mean);
-        }
-        mean.store(pivot + i);
-    }
+    ColumnSums<T> sums;
     by_quads(piece, [&](int64_t k, auto quad) {
         constexpr int R = decltype(quad)::value;
         const T* row[R];
         for (int r = 0; r < R; ++r) row[r] = x.at(k + r, c0);
-        for (int64_t i = 0; i < width; i += L) {
+        by_vectors<T>(width, [&](int64_t i, auto load) {
             const Vec<T> about = Vec<T>::load(pivot + i);
-            Vec<T> s = zero, q = zero;
+            Vec<T> sum = Vec<T>::all(0), squares = sum;
             for (int r = 0; r < R; ++r) {
-                const Vec<T> d = (i + L <= width ? Vec<T>::load(row[r] + i)
-                                                 : Vec<T>::load(row[r] + i, width - i, about)) -
-                                 about;
-                s = s + d;
-                q = fma(d, d, q);
+                const Vec<T> d = load(row[r], about) - about;
+                sum = sum + d;
+                squares = fma(d, d, squares);
             }
-            (Vec<T>::load(sum + i) + s).store(sum + i);
-            (Vec<T>::load(squares + i) + q).store(squares + i);
-        }
+            sums.add(i, sum, squares);
+        });
     });
-    for (int64_t c = c0; c < c1; ++c) {
-        const int64_t j0 = (c - c0) * run, j1 = j0 + run;
-        double mean = 0, m2 = 0;
-        for (int64_t j = j0; j < j1; ++j)
-            mean += ((double)pivot[j] - pivot[j0]) + (double)sum[j] / (double)rows;
-        mean = pivot[j0] + mean / (double)run;
-        for (int64_t j = j0; j < j1; ++j) {
-            const Sums column = moments_about(pivot[j], sum[j], squares[j], (double)rows);
-            const double delta = column.first - mean;
-            m2 += column.second + (double)rows * (delta * delta);
-        }
-        out[c - c0] = out_of_range(pivot[j0], m2, piece.count()) ? careful_moments(x, piece, c)
-                                                                 : Sums{mean, m2};
+    const double n = piece.count();
+    for (int64_t c = 0; c < c1 - c0; ++c) {
+        const Sums about_pivot = sums.of(c * run, run);
+        out[c] = moments_about(pivot[c * run], about_pivot.first, about_pivot.second, n);
     }
+    for (int64_t c = 0; c < c1 - c0; ++c)
+        if (out_of_range(pivot[c * run], out[c].second, n))
+            out[c] = careful_moments(x, piece, c0 + c);
 }
 
 // Rows form of the parameter gradients: sum dy, sum dy * xhat.
 template <class T>
-Sums row_gradients(const Job<T>& job, const Piece& piece, int64_t c) {
-    struct Accumulator {
-        Vec<T> dy, dy_xhat;
-    };
-    const ChannelCoefficients<T> k(job.channels, c);
-    const Vec<T> zero = Vec<T>::all(0);
-    Accumulator a[kAccumulators] = {{zero, zero}, {zero, zero}, {zero, zero}, {zero, zero}};
+Sums row_gradients(const Job<T>& job, const Piece& piece, int64_t c,
+                   const ChannelCoefficients<T>& k) {
+    Accumulators<T> total;
     for (int64_t row = piece.k0; row < piece.k1; ++row)
         fold_row(
-            a, piece.length,
-            [&k](Accumulator& to, Vec<T> dy, Vec<T> x) {
-                to.dy = to.dy + dy;
-                to.dy_xhat = fma(dy, xhat(k, 0, x), to.dy_xhat);
+            total, piece.length,
+            [&k](int64_t, auto& to, Vec<T> dy, Vec<T> x) {
+                to.first = to.first + dy;
+                to.second = fma(dy, xhat(k, 0, x), to.second);
             },
-            Row<T>{job.dy.at(row, c) + piece.start, zero},
+            Row<T>{job.dy.at(row, c) + piece.start, Vec<T>::all(0)},
             Row<T>{job.x.at(row, c) + piece.start, k.at(kMean, 0)});
-    return {((a[0].dy + a[1].dy) + (a[2].dy + a[3].dy)).sum(),
-            ((a[0].dy_xhat + a[1].dy_xhat) + (a[2].dy_xhat + a[3].dy_xhat)).sum()};
+    return {total.first(), total.second()};
 }
 
 template <class T>
-void column_gradients(const Job<T>& job, const Piece& piece, int64_t c0, int64_t c1, Sums* out) {
-    constexpr int64_t L = Vec<T>::lanes;
-    const int64_t run = piece.length, width = (c1 - c0) * run;
-    const ColumnCoefficients<T> k(job.channels, c0, c1, run);
-    alignas(64) T sum[kColumns + L] = {}, products[kColumns + L] = {};
+void column_gradients(const Job<T>& job, const Piece& piece, int64_t c0, int64_t c1,
+                      const ColumnCoefficients<T>& k, Sums* out) {
+    const int64_t run = piece.length;
     const Vec<T> zero = Vec<T>::all(0);
+    ColumnSums<T> sums;
     by_quads(piece, [&](int64_t first, auto quad) {
         constexpr int R = decltype(quad)::value;
         const T *x[R], *dy[R];
@@ -251,43 +286,59 @@ void column_gradients(const Job<T>& job, const Piece& piece, int64_t c0, int64_t
             x[r] = job.x.at(first + r, c0);
             dy[r] = job.dy.at(first + r, c0);
         }
-        for (int64_t i = 0; i < width; i += L) {
-            const bool whole = i + L <= width;
-            Vec<T> s = zero, q = zero;
+        by_vectors<T>((c1 - c0) * run, [&](int64_t i, auto load) {
+            Vec<T> sum = zero, products = zero;
             for (int r = 0; r < R; ++r) {
-                const Vec<T> g =
-                    whole ? Vec<T>::load(dy[r] + i) : Vec<T>::load(dy[r] + i, width - i, zero);
-                const Vec<T> v =
-                    whole ? Vec<T>::load(x[r] + i) : Vec<T>::load(x[r] + i, width - i, zero);
-                s = s + g;
-                q = fma(g, xhat(k, i, v), q);
+                const Vec<T> g = load(dy[r], zero);
+                sum = sum + g;
+                products = fma(g, xhat(k, i, load(x[r], zero)), products);
             }
-            (Vec<T>::load(sum + i) + s).store(sum + i);
-            (Vec<T>::load(products + i) + q).store(products + i);
-        }
+            sums.add(i, sum, products);
+        });
     });
-    for (int64_t c = 0; c < c1 - c0; ++c) {
-        out[c] = {0, 0};
-        for (int64_t j = c * run; j < (c + 1) * run; ++j) {
-            out[c].first += sum[j];
-            out[c].second += products[j];
-        }
-    }
+    for (int64_t c = 0; c < c1 - c0; ++c) out[c] = sums.of(c * run, run);
 }
 
+// out = f(dy, x), f(dy) or f(x), row by row.
 template <class Operation, class T, class Coefficients>
 void apply_rows(const Job<T>& job, const Piece& piece, int64_t c, int64_t width,
                 const Coefficients& k) {
+    // The next tile, which this thread will sum next, comes into L2 while this one leaves.
+    const int64_t next = job.plan.prefetch_next ? job.plan.tile_channels : 0;
     for (int64_t row = piece.k0; row < piece.k1; ++row) {
         T* out = job.out.at(row, c) + piece.start;
-        const auto value = [&k](int64_t i, auto... in) { return Operation::value(k, i, in...); };
-        if constexpr (std::is_same_v<Operation, Normalise>)
-            map_row(job.plan.stream, out, width, value, job.x.at(row, c) + piece.start);
-        else if constexpr (std::is_same_v<Operation, Gradient>)
-            map_row(job.plan.stream, out, width, value, job.dy.at(row, c) + piece.start,
-                    job.x.at(row, c) + piece.start);
-        else
-            map_row(job.plan.stream, out, width, value, job.dy.at(row, c) + piece.start);
+        const T* x = job.x.at(row, c) + piece.start;
+        const T* dy = job.dy.data ? job.dy.at(row, c) + piece.start : nullptr;
+        const T* next_x = x + next * job.x.channel;
+        const T* next_dy = dy + next * job.dy.channel;
+        if constexpr (std::is_same_v<Operation, Normalise>) {
+            const auto value = [&k](int64_t i, Vec<T> v) { return Operation::value(k, i, v); };
+            const auto ahead = [&](int64_t i, Vec<T> v) {
+                prefetch_l2(next_x + i);
+                return value(i, v);
+            };
+            if (next)
+                map_row(job.plan.stream, out, width, ahead, x);
+            else
+                map_row(job.plan.stream, out, width, value, x);
+        } else if constexpr (std::is_same_v<Operation, Gradient>) {
+            const auto value = [&k](int64_t i, Vec<T> g, Vec<T> v) {
+                return Operation::value(k, i, g, v);
+            };
+            const auto ahead = [&](int64_t i, Vec<T> g, Vec<T> v) {
+                prefetch_l2(next_x + i);
+                prefetch_l2(next_dy + i);
+                return value(i, g, v);
+            };
+            if (next)
+                map_row(job.plan.stream, out, width, ahead, dy, x);
+            else
+                map_row(job.plan.stream, out, width, value, dy, x);
+        } else {
+            map_row(
+                job.plan.stream, out, width,
+                [&k](int64_t i, Vec<T> g) { return Operation::value(k, i, g); }, dy);
+        }
     }
 }
 

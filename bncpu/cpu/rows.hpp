@@ -17,19 +17,47 @@ struct Row {
     Vec<T> beyond;
 };
 
-// sums[j] takes in every vector of the rows through f(sums[j], vectors...), in a fixed order.
-template <class T, class Sums, class F, class... Rest>
-inline void fold_row(Sums (&sums)[kAccumulators], int64_t n, F f, Row<T> row, Rest... rest) {
+// Two running sums, four times over. They leave in double, added in a fixed order.
+template <class T>
+struct Accumulators {
+    struct Pair {
+        Vec<T> first = Vec<T>::all(0), second = Vec<T>::all(0);
+    };
+    Pair pair[kAccumulators];
+
+    double first() const {
+        return ((pair[0].first + pair[1].first) + (pair[2].first + pair[3].first)).sum();
+    }
+    double second() const {
+        return ((pair[0].second + pair[1].second) + (pair[2].second + pair[3].second)).sum();
+    }
+};
+
+// Every vector of the rows is taken in by f(i, pair, vectors...), whose first lane is element i, in
+// a fixed order.
+template <class T, class F, class... Rest>
+inline void fold_row(Accumulators<T>& to, int64_t n, F f, Row<T> row, Rest... rest) {
     constexpr int64_t L = Vec<T>::lanes;
     int64_t i = 0;
     for (; i + kAccumulators * L <= n; i += kAccumulators * L)
         for (int j = 0; j < kAccumulators; ++j)
-            f(sums[j], Vec<T>::load(row.data + i + j * L), Vec<T>::load(rest.data + i + j * L)...);
+            f(i + j * L, to.pair[j], Vec<T>::load(row.data + i + j * L),
+              Vec<T>::load(rest.data + i + j * L)...);
     for (; i + L <= n; i += L)
-        f(sums[0], Vec<T>::load(row.data + i), Vec<T>::load(rest.data + i)...);
+        f(i, to.pair[0], Vec<T>::load(row.data + i), Vec<T>::load(rest.data + i)...);
     if (i < n)
-        f(sums[1], Vec<T>::load(row.data + i, n - i, row.beyond),
+        f(i, to.pair[1], Vec<T>::load(row.data + i, n - i, row.beyond),
           Vec<T>::load(rest.data + i, n - i, rest.beyond)...);
+}
+
+// f(i, load) for every vector of a row of n, where load(p, beyond) reads that vector of any row p.
+template <class T, class F>
+inline void by_vectors(int64_t n, F f) {
+    constexpr int64_t L = Vec<T>::lanes;
+    int64_t i = 0;
+    for (; i + L <= n; i += L) f(i, [i](const T* p, Vec<T>) { return Vec<T>::load(p + i); });
+    if (i < n)
+        f(i, [i, n](const T* p, Vec<T> beyond) { return Vec<T>::load(p + i, n - i, beyond); });
 }
 
 // out[i] = f(i, in[i]...), f on vectors whose first lane is element i. With `stream` the result

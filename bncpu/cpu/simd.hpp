@@ -136,8 +136,15 @@ struct Vec {
 
     // Sum of the lanes, in double, always in the same order.
     double sum() const {
+#if defined(__GNUC__)
+        typedef double wide __attribute__((vector_size(lanes * sizeof(double))));
+        const wide part_v = __builtin_convertvector(v, wide);
+        double part[lanes];
+        std::memcpy(part, &part_v, sizeof part);
+#else
         double part[lanes];
         for (int i = 0; i < lanes; ++i) part[i] = (double)v[i];
+#endif
         for (int width = lanes / 2; width > 0; width /= 2)
             for (int i = 0; i < width; ++i) part[i] += part[i + width];
         return part[0];
@@ -208,6 +215,22 @@ inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
         return {(type)vfmaq_f64((float64x2_t)c.v, (float64x2_t)a.v, (float64x2_t)b.v)};
 #else
     return a * b + c;
+#endif
+}
+
+// Asks for the cache line of p, which need not be valid: into L1, or no nearer than L2.
+inline void prefetch(const void* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p, 0, 3);
+#elif defined(_M_X64)
+    _mm_prefetch((const char*)p, _MM_HINT_T0);
+#endif
+}
+inline void prefetch_l2(const void* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p, 0, 2);
+#elif defined(_M_X64)
+    _mm_prefetch((const char*)p, _MM_HINT_T1);
 #endif
 }
 

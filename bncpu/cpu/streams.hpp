@@ -22,10 +22,11 @@ void triad_block(const T* a, const T* b, T* out, int64_t n, bool non_temporal) {
 
 template <class T>
 double read_block(const T* a, int64_t n) {
-    const Vec<T> zero = Vec<T>::all(0);
-    Vec<T> sums[kAccumulators] = {zero, zero, zero, zero};
-    fold_row(sums, n, [](Vec<T>& to, Vec<T> v) { to = to + v; }, Row<T>{a, zero});
-    return ((sums[0] + sums[1]) + (sums[2] + sums[3])).sum();
+    Accumulators<T> total;
+    fold_row(
+        total, n, [](int64_t, auto& to, Vec<T> v) { to.first = to.first + v; },
+        Row<T>{a, Vec<T>::all(0)});
+    return total.first();
 }
 
 }  // namespace

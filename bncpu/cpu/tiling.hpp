@@ -26,6 +26,8 @@ constexpr int64_t kColumns = 1024;
 // Pieces are merged into at most this many parts per channel: work for many threads, yet few
 // enough that merging them costs nothing beside reading the channel.
 constexpr int64_t kParts = 128;
+// Parts are whole rows, which are read in one go, where there are this many to share out.
+constexpr int64_t kRowParts = 16;
 // A contiguous run this long per sample keeps the prefetchers and the TLB content.
 constexpr int64_t kRunBytes = 8192;
 // The shortest worthwhile run in the columns form.
@@ -44,6 +46,7 @@ struct Grid {
     int64_t segments;    // pieces that one long run is cut into (rows form)
     int64_t pieces;      // per channel
     int64_t parts;       // per channel
+    bool whole_rows;     // whether a part holds all segments of its rows
 };
 
 struct Plan {
@@ -52,12 +55,13 @@ struct Plan {
     int outer_threads;             // threads that take whole tiles ...
     int inner_threads;             // ... or threads that share each tile; one of the two is 1
     bool stream;                   // results bypass the caches
+    bool prefetch_next;            // two tiles fit a core's L2
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline Grid make_grid(Shape shape) {
-    Grid grid{shape, 1, 1, 0, 0};
+    Grid grid{shape, 1, 1, 0, 0, true};
     if (shape.columns) {
         grid.piece_rows = kPieceRows;
     } else if (shape.run > kPieceValues) {
@@ -65,8 +69,10 @@ inline Grid make_grid(Shape shape) {
     } else {
         grid.piece_rows = kPieceValues / shape.run;
     }
-    grid.pieces = ceil_div(shape.rows, grid.piece_rows) * grid.segments;
-    grid.parts = std::min(grid.pieces, kParts);
+    const int64_t groups = ceil_div(shape.rows, grid.piece_rows);
+    grid.pieces = groups * grid.segments;
+    grid.whole_rows = groups >= kRowParts;
+    grid.parts = std::min(grid.whole_rows ? groups : grid.pieces, kParts);
     return grid;
 }
 
@@ -123,6 +129,8 @@ inline Plan make_plan(const Grid& grid, int64_t itemsize, int64_t inputs, int64_
     // short rows would leave partial lines behind.
     plan.stream =
         (inputs + 1) * total_bytes / inputs > l3 && (shape.columns || run_bytes >= kShortRunBytes);
+    plan.prefetch_next = passes == 2 && plan.inner_threads == 1 && plan.tiles > threads &&
+                         2 * plan.tile_channels * channel_bytes <= l2;
     return plan;
 }
 
