@@ -12,35 +12,41 @@
 namespace bncpu {
 namespace {
 
-// One value per channel each, in double; null where an operation has no use for it.
+// One value per channel each, in double.
 struct Channels {
     double *mean, *invstd, *scale, *shift;  // scale = gamma * invstd, shift = beta
-    double *mean_dy, *mean_dy_xhat;
+    double *mean_dy, *slope;                // slope = -invstd * mean(dy * xhat)
 };
 
 // What the loops need of a channel, in the precision of the loop. A mean is two values of T, so
 // that x - mean keeps the digits of x when |mean| >> std.
-enum Field { kMean, kMeanLow, kInvstd, kScale, kShift, kMeanDy, kMeanDyLow, kMinusDyXhat, kFields };
+enum Field { kMean, kMeanLow, kInvstd, kScale, kShift, kMeanDy, kMeanDyLow, kSlope, kFields };
 
-template <class T>
-inline T low_part(double a) {
-    const double low = a - (T)a;
-    return std::isfinite(low) ? (T)low : (T)0;
+template <class... Fields>
+constexpr unsigned set_of(Fields... fields) {
+    return ((1u << fields) | ...);
 }
 
-// Calls put(field, value) for every coefficient that this operation has.
+template <class T>
+inline double low_part(double a) {
+    const double low = a - (T)a;
+    return std::isfinite(low) ? low : 0;
+}
+
+// Calls put(field, value) for the coefficients in a set.
 template <class T, class Put>
-inline void coefficients(const Channels& channels, int64_t c, Put put) {
-    put(kMean, (T)channels.mean[c]);
-    put(kMeanLow, low_part<T>(channels.mean[c]));
-    if (channels.invstd) put(kInvstd, (T)channels.invstd[c]);
-    if (channels.scale) put(kScale, (T)channels.scale[c]);
-    if (channels.shift) put(kShift, (T)channels.shift[c]);
-    if (channels.mean_dy) {
-        put(kMeanDy, (T)channels.mean_dy[c]);
-        put(kMeanDyLow, low_part<T>(channels.mean_dy[c]));
-        put(kMinusDyXhat, (T)-channels.mean_dy_xhat[c]);
-    }
+inline void coefficients(const Channels& channels, int64_t c, unsigned fields, Put put) {
+    const auto give = [&](Field field, auto value) {
+        if (fields >> field & 1) put(field, (T)value());
+    };
+    give(kMean, [&] { return channels.mean[c]; });
+    give(kMeanLow, [&] { return low_part<T>(channels.mean[c]); });
+    give(kInvstd, [&] { return channels.invstd[c]; });
+    give(kScale, [&] { return channels.scale[c]; });
+    give(kShift, [&] { return channels.shift[c]; });
+    give(kMeanDy, [&] { return channels.mean_dy[c]; });
+    give(kMeanDyLow, [&] { return low_part<T>(channels.mean_dy[c]); });
+    give(kSlope, [&] { return channels.slope[c]; });
 }
 
 // Rows form: one channel, the same value in every lane.
@@ -48,8 +54,8 @@ template <class T>
 struct ChannelCoefficients {
     Vec<T> value[kFields];
 
-    ChannelCoefficients(const Channels& channels, int64_t c) {
-        coefficients<T>(channels, c, [this](Field f, T v) { value[f] = Vec<T>::all(v); });
+    ChannelCoefficients(const Channels& channels, int64_t c, unsigned fields) {
+        coefficients<T>(channels, c, fields, [this](Field f, T v) { value[f] = Vec<T>::all(v); });
     }
     Vec<T> at(Field field, int64_t) const { return value[field]; }
 };
@@ -59,9 +65,10 @@ template <class T>
 struct ColumnCoefficients {
     alignas(64) T value[kFields][kColumns + Vec<T>::lanes];
 
-    ColumnCoefficients(const Channels& channels, int64_t c0, int64_t c1, int64_t run) {
+    ColumnCoefficients(const Channels& channels, int64_t c0, int64_t c1, int64_t run,
+                       unsigned fields) {
         for (int64_t c = c0; c < c1; ++c)
-            coefficients<T>(channels, c,
+            coefficients<T>(channels, c, fields,
                             [&](Field f, T v) { std::fill_n(value[f] + (c - c0) * run, run, v); });
     }
     Vec<T> at(Field field, int64_t i) const { return Vec<T>::load(value[field] + i); }
@@ -76,30 +83,43 @@ inline Vec<T> centred(const Coefficients& k, int64_t i, Vec<T> x, Field mean, Fi
         return d - k.at(low, i);
 }
 
-template <class T, class Coefficients>
-inline Vec<T> xhat(const Coefficients& k, int64_t i, Vec<T> x) {
-    return centred(k, i, x, kMean, kMeanLow) * k.at(kInvstd, i);
-}
+// xhat = (x - mean) * invstd, what the parameter gradients are summed with.
+struct Xhat {
+    static constexpr unsigned fields = set_of(kMean, kMeanLow, kInvstd);
+
+    template <class T, class Coefficients>
+    static Vec<T> value(const Coefficients& k, int64_t i, Vec<T> x) {
+        return centred(k, i, x, kMean, kMeanLow) * k.at(kInvstd, i);
+    }
+};
 
 // y = gamma * invstd * (x - mean) + beta; the difference first, never x * scale + (beta - ...).
 struct Normalise {
+    static constexpr unsigned fields = set_of(kMean, kMeanLow, kScale, kShift);
+
     template <class T, class Coefficients>
     static Vec<T> value(const Coefficients& k, int64_t i, Vec<T> x) {
         return fma(centred(k, i, x, kMean, kMeanLow), k.at(kScale, i), k.at(kShift, i));
     }
 };
 
-// dx = gamma * invstd * (dy - mean(dy) - xhat * mean(dy * xhat)).
+// dx = gamma * invstd * (dy - mean(dy) - xhat * mean(dy * xhat)), the last term being
+// slope * (x - mean).
 struct Gradient {
+    static constexpr unsigned fields = set_of(kMean, kMeanLow, kScale, kMeanDy, kMeanDyLow, kSlope);
+
     template <class T, class Coefficients>
     static Vec<T> value(const Coefficients& k, int64_t i, Vec<T> dy, Vec<T> x) {
-        return fma(xhat(k, i, x), k.at(kMinusDyXhat, i), centred(k, i, dy, kMeanDy, kMeanDyLow)) *
+        return fma(centred(k, i, x, kMean, kMeanLow), k.at(kSlope, i),
+                   centred(k, i, dy, kMeanDy, kMeanDyLow)) *
                k.at(kScale, i);
     }
 };
 
 // dx where mean and variance are constants: gamma * invstd * dy.
 struct FixedGradient {
+    static constexpr unsigned fields = set_of(kScale);
+
     template <class T, class Coefficients>
     static Vec<T> value(const Coefficients& k, int64_t i, Vec<T> dy) {
         return dy * k.at(kScale, i);

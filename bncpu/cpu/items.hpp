@@ -60,7 +60,8 @@ void gradients_item(const Job<T>& job, int64_t c0, int64_t c1, int64_t index, Su
         to.second += sums.second;
     };
     if (job.grid.shape.columns) {
-        const ColumnCoefficients<T> k(job.channels, item.c0, item.c1, job.grid.shape.run);
+        const ColumnCoefficients<T> k(job.channels, item.c0, item.c1, job.grid.shape.run,
+                                      Xhat::fields);
         Sums sums[kColumns];
         for (int64_t p = begin; p < end; ++p) {
             column_gradients(job, Piece(job.grid, p), item.c0, item.c1, k, sums);
@@ -68,7 +69,7 @@ void gradients_item(const Job<T>& job, int64_t c0, int64_t c1, int64_t index, Su
         }
     } else {
         for (int64_t c = item.c0; c < item.c1; ++c) {
-            const ChannelCoefficients<T> k(job.channels, c);
+            const ChannelCoefficients<T> k(job.channels, c, Xhat::fields);
             for (int64_t p = begin; p < end; ++p)
                 add(total[c - item.c0], row_gradients(job, Piece(job.grid, p), c, k));
         }
@@ -82,12 +83,12 @@ void apply_item(const Job<T>& job, int64_t c0, int64_t c1, int64_t index) {
     const int64_t end = part_begin(job.grid, item.part + 1);
     if (job.grid.shape.columns) {
         const int64_t run = job.grid.shape.run;
-        const ColumnCoefficients<T> k(job.channels, item.c0, item.c1, run);
+        const ColumnCoefficients<T> k(job.channels, item.c0, item.c1, run, Operation::fields);
         for (int64_t p = begin; p < end; ++p)
             apply_rows<Operation>(job, Piece(job.grid, p), item.c0, (item.c1 - item.c0) * run, k);
     } else {
         for (int64_t c = item.c0; c < item.c1; ++c) {
-            const ChannelCoefficients<T> k(job.channels, c);
+            const ChannelCoefficients<T> k(job.channels, c, Operation::fields);
             for (int64_t p = begin; p < end; ++p) {
                 const Piece piece(job.grid, p);
                 apply_rows<Operation>(job, piece, c, piece.length, k);

@@ -61,7 +61,7 @@ cdef extern from "coefficients.hpp" namespace "bncpu" nogil:
         double* scale
         double* shift
         double* mean_dy
-        double* mean_dy_xhat
+        double* slope
 
 cdef extern from "items.hpp" namespace "bncpu" nogil:
     cdef struct Sums:
@@ -175,7 +175,7 @@ cdef void finish_gradients(Job[real]& job, Parameters& given, Sums* table, int64
     given.dbeta[c] = sums.first
     given.dgamma[c] = sums.second
     job.channels.mean_dy[c] = sums.first / m
-    job.channels.mean_dy_xhat[c] = sums.second / m
+    job.channels.slope[c] = -job.channels.invstd[c] * (sums.second / m)
 
 
 cdef void run_items(Step step, Job[real]& job, int64_t c0, int64_t c1, Sums* table) noexcept nogil:
@@ -243,7 +243,7 @@ cdef int run(Job[real]& job, Parameters& given, Operation operation, geometry, B
     job.channels.shift = memory + 2 * channels
     if operation == OPERATION_BACKWARD or operation == OPERATION_INFER_BACKWARD:
         job.channels.mean_dy = memory + 3 * channels
-        job.channels.mean_dy_xhat = memory + 4 * channels
+        job.channels.slope = memory + 4 * channels
     cdef Sums* tables = <Sums*> (memory + 5 * channels)
     cdef int outer = job.plan.outer_threads
     cdef int64_t tile, c

@@ -264,9 +264,9 @@ Sums row_gradients(const Job<T>& job, const Piece& piece, int64_t c,
     for (int64_t row = piece.k0; row < piece.k1; ++row)
         fold_row(
             total, piece.length,
-            [&k](int64_t, auto& to, Vec<T> dy, Vec<T> x) {
+            [&k](int64_t i, auto& to, Vec<T> dy, Vec<T> x) {
                 to.first = to.first + dy;
-                to.second = fma(dy, xhat(k, 0, x), to.second);
+                to.second = fma(dy, Xhat::value(k, i, x), to.second);
             },
             Row<T>{job.dy.at(row, c) + piece.start, Vec<T>::all(0)},
             Row<T>{job.x.at(row, c) + piece.start, k.at(kMean, 0)});
@@ -291,7 +291,7 @@ void column_gradients(const Job<T>& job, const Piece& piece, int64_t c0, int64_t
             for (int r = 0; r < R; ++r) {
                 const Vec<T> g = load(dy[r], zero);
                 sum = sum + g;
-                products = fma(g, xhat(k, i, load(x[r], zero)), products);
+                products = fma(g, Xhat::value(k, i, load(x[r], zero)), products);
             }
             sums.add(i, sum, products);
         });
