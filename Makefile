@@ -50,19 +50,36 @@ clean: ## remove everything that was made here
 	rm -f bncpu/cpu/*.so bncpu/cpu/*.pyd
 	find bncpu tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
+# An environment stays with the interpreter that made it.
+IDENTITY := import platform, sys; print(platform.python_version(), sys.base_prefix)
+ifneq ($(filter-out file,$(origin PYTHON)),)
+ifneq ($(wildcard $(VENV)/.created),)
+ifneq ($(filter demo test bench lint format wheel,$(MAKECMDGOALS)),)
+ifneq ($(shell cat $(VENV)/.created),$(shell $(PYTHON) -c '$(IDENTITY)'))
+$(error $(VENV) was made by Python $(shell cat $(VENV)/.created), not by $(PYTHON): `make clean`, or choose another with VENV=)
+endif
+endif
+endif
+endif
+
+# Without compiled modules in the tree, an installed editable package is an empty promise.
+BUILT := $(if $(wildcard bncpu/cpu/detect*.so),,unbuilt)
+.PHONY: unbuilt
+unbuilt:
+
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(MINIMUM)".split("."))))' \
 	  || { echo "bncpu needs Python >= $(MINIMUM), and '$(PYTHON)' is not: make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) \
 	  || { echo "'$(PYTHON)' cannot make virtual environments (Debian: apt install python3-venv)" >&2; exit 1; }
-	@touch $@
+	@$(PYTHON) -c '$(IDENTITY)' > $@
 
-$(VENV)/.installed: $(VENV)/.created $(NATIVE)
+$(VENV)/.installed: $(VENV)/.created $(NATIVE) $(BUILT)
 	@echo "building bncpu and installing what it needs into $(VENV) (a minute or two) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.created $(NATIVE)
+$(VENV)/.installed-dev: $(VENV)/.created $(NATIVE) $(BUILT)
 	@echo "building bncpu and installing the developers' tools into $(VENV) (a minute or two) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $(VENV)/.installed $@

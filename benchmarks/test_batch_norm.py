@@ -46,7 +46,7 @@ def torch_threads():
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("operation", bench.OPERATIONS)
 @pytest.mark.parametrize("dtype", ["float32"])
-@pytest.mark.parametrize("shape", [(bench.BATCH, *shape) for shape in bench.QUICK], ids=str)
+@pytest.mark.parametrize("shape", [(bench.BATCH, *shape) for shape in bench.RESNET50], ids=str)
 def test_batch_norm(benchmark, shape, dtype, operation, peer):
     if peer == "torch" and bench.import_torch() is None:
         pytest.skip("PyTorch is not installed")

@@ -54,19 +54,25 @@ def data(name: str, array: Any) -> Array:
 
 def channels(x: Array, axis: Any) -> Channels:
     """Return the channel axes of x that `axis` (an int or a tuple of ints) names."""
-    given = axis if isinstance(axis, tuple) else (axis,)
+    return _channels(x.shape, axis_numbers(axis))
+
+
+def axis_numbers(axis: Any) -> tuple[int, ...]:
+    """Return an axis, or the axes of a tuple, as ints; whether x has them is not asked here."""
     try:
-        numbers = tuple(map(operator.index, given))
+        numbers = tuple(map(operator.index, axis if isinstance(axis, tuple) else (axis,)))
     except TypeError:
         raise TypeError(f"axis: expected an int or a tuple of ints; got {axis!r}") from None
-    return _channels(x.shape, numbers)
+    if not numbers:
+        raise ValueError("axis: expected at least one channel axis; got ()")
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"axis: {axis} names an axis of x twice")
+    return numbers
 
 
 @lru_cache(maxsize=256)
 def _channels(shape: tuple[int, ...], numbers: tuple[int, ...]) -> Channels:
     ndim = len(shape)
-    if not numbers:
-        raise ValueError("axis: expected at least one channel axis; got ()")
     for a in numbers:
         if not -ndim <= a < ndim:
             raise ValueError(
@@ -122,40 +128,92 @@ def vector(values: Array) -> NDArray[np.float64]:
 def variance(name: str, array: Any, x: Array, over: Channels) -> NDArray[np.float64]:
     """Return a variance; NaN is let through, negative values are not."""
     var = statistic(name, array, x, over)
-    if (var < 0).any():
-        at = int(np.argmax(var < 0))
-        raise ValueError(f"{name}: expected no negative variance; got {var[at]} in channel {at}")
+    no_negative(name, var)
     return var
 
 
+def no_negative(name: str, var: NDArray[np.float64]) -> None:
+    """Refuse a variance that is negative anywhere."""
+    if (var < 0).any():
+        at = int(np.argmax(var < 0))
+        raise ValueError(
+            f"{name}: expected no negative variance; got {var.flat[at]} in channel {at}"
+        )
+
+
+def floats(name: str, array: Any, like: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+    """Return an array of floats as a float64 copy, of the shape of another if one is given."""
+    values = as_numpy(name, array)
+    if values.dtype.kind != "f":
+        raise TypeError(
+            f"{name}: expected an array of floats; got dtype {values.dtype}; "
+            f"cast it with {name}.astype(numpy.float32)"
+        )
+    if like is not None and values.shape != like.shape:
+        raise ValueError(
+            f"{name}: expected shape {like.shape}, one value per channel; got {values.shape}"
+        )
+    return values.astype(np.float64)
+
+
+def weights(
+    array: Any, scale: NDArray[np.float64], axis: Any, ranks: range
+) -> tuple[NDArray[np.float64], int]:
+    """Return a layer's weight as float64, and the axis of its outputs, as many as scale has."""
+    weight = floats("weight", array)
+    if weight.ndim not in ranks:
+        allowed = f"{ranks[0]}" if len(ranks) == 1 else f"at least {ranks[0]}"
+        raise ValueError(f"weight: expected {allowed} dimensions; got shape {weight.shape}")
+    try:
+        number = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis: expected an int; got {axis!r}") from None
+    if not -weight.ndim <= number < weight.ndim:
+        raise ValueError(f"axis: {number} is out of range for weight of shape {weight.shape}")
+    outputs = (weight.shape[number],)
+    if scale.shape != outputs:
+        raise ValueError(
+            f"mean: expected shape {outputs}, one value per output of weight {weight.shape} "
+            f"on axis {number}; got {scale.shape}"
+        )
+    return weight, number
+
+
 def running(
-    mean: Any, var: Any, x: Array, over: Channels, outputs: Sequence[tuple[str, Array]]
+    mean: Any, var: Any, x: Array, over: Channels, others: Sequence[tuple[str, Any]]
 ) -> tuple[Array, Array] | None:
-    """Return running_mean and running_var, writeable views of the user's arrays, or None."""
+    """Return running_mean and running_var, writeable views of the user's arrays, or None.
+
+    They may share memory with none of the other arrays of the call, given by name (or None).
+    """
     if mean is None and var is None:
         return None
     for name, array in (("running_mean", mean), ("running_var", var)):
         if array is None:
             raise ValueError(f"{name}: expected an array, since the other running statistic is one")
-    others = [("x", x), *outputs]
+    apart = [(name, as_numpy(name, array)) for name, array in others if array is not None]
     for name, array in (("running_mean", mean), ("running_var", var)):
         values = parameter(name, array, x, over, (FLOAT64, FLOAT32))
         _writeable(name, values)
-        for other, memory in others:
-            if np.may_share_memory(values, memory) and _overlap(values, memory):
+        if _overlaps_itself(values):
+            raise ValueError(f"{name}: its elements overlap one another in memory")
+        for other, memory in apart:
+            if overlap(values, memory):
                 raise ValueError(f"{name}: shares memory with {other}, which it would overwrite")
-        others.append((name, values))
-    return others[-2][1], others[-1][1]
+        apart.append((name, values))
+    return apart[-2][1], apart[-1][1]
 
 
 def real(name: str, value: Any) -> float:
     """Return a real number as a float."""
     try:
-        if isinstance(value, (str, bytes)):
+        if isinstance(value, str | bytes):
             raise TypeError
         return float(value)
     except TypeError:
         raise TypeError(f"{name}: expected a real number; got {type(value).__name__}") from None
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number that a float64 can hold; got more") from None
 
 
 def epsilon(value: Any) -> float:
@@ -203,14 +261,22 @@ def output(
     if _overlaps_itself(result):
         raise ValueError("out: its elements overlap one another in memory")
     for name, array in inputs:
-        if array is None or not np.may_share_memory(result, array):
+        if array is None or (name == may_be and _same_memory(result, array)):
             continue
-        if name == may_be and _same_memory(result, array):
-            continue
-        if _overlap(result, array):
+        if overlap(result, array):
             remedy = f"; pass {name} itself, or memory of its own" if name == may_be else ""
             raise ValueError(f"out: overlaps {name}, which is still to be read{remedy}")
     return result
+
+
+def overlap(a: Array, b: Array) -> bool:
+    """Return whether two arrays share an element's memory, or cannot be shown not to."""
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=_OVERLAP_WORK)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
 
 
 def batch_values(over: Channels, x: Array) -> int:
@@ -301,13 +367,6 @@ def _same_memory(a: Array, b: Array) -> bool:
         a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
         and a.strides == b.strides
     )
-
-
-def _overlap(a: Array, b: Array) -> bool:
-    try:
-        return np.shares_memory(a, b, max_work=_OVERLAP_WORK)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True
 
 
 def _overlaps_itself(array: Array) -> bool:

@@ -41,16 +41,16 @@ def as_numpy(name: str, array: Any) -> NDArray[Any]:
             f"{type(array).__name__}; convert it with numpy.asarray({name}, dtype=numpy.float32)"
         )
     kind = f"{type(array).__module__}.{type(array).__name__}"
-    device = array.__dlpack_device__()[0]
-    if int(device) != _DLPACK_CPU:
-        raise TypeError(
-            f"{name}: expected an array in CPU memory; got a {kind} on DLPack device type "
-            f"{int(device)}; copy it to the CPU first"
-        )
     try:
-        return np.from_dlpack(array)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        device = int(array.__dlpack_device__()[0])
+        if device == _DLPACK_CPU:
+            return np.from_dlpack(array)
+    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"{name}: a {kind} that cannot be viewed by NumPy: {error}") from error
+    raise TypeError(
+        f"{name}: expected an array in CPU memory; got a {kind} on DLPack device type {device}; "
+        "copy it to the CPU first"
+    )
 
 
 def kernels_for(x: NDArray[Any]) -> Any:  # noqa: ARG001 - the kind of x decides

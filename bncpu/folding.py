@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bncpu.arguments import epsilon
+from bncpu import arguments
 from bncpu.backends import as_numpy
 
 if TYPE_CHECKING:
@@ -72,18 +72,17 @@ def linear_map(
     >>> bncpu.linear_map(np.array([1.0]), np.array([4.0]), gamma=np.array([3.0]), eps=0)
     LinearMap(scale=array([1.5]), shift=array([-1.5]))
     """
-    mean = _floats("mean", mean)
-    var = _floats("var", var, mean)
-    if (var < 0).any():
-        raise ValueError(f"var: expected no negative variance; got {var[var < 0][0]}")
-    eps = epsilon(eps)
-    with np.errstate(divide="ignore"):
+    mean = arguments.floats("mean", mean)
+    var = arguments.floats("var", var, mean)
+    arguments.no_negative("var", var)
+    eps = arguments.epsilon(eps)
+    with np.errstate(all="ignore"):  # 0 variance without eps, infinite means: as IEEE has it
         scale = 1 / np.sqrt(var + eps)
-    if gamma is not None:
-        scale = _floats("gamma", gamma, mean) * scale
-    shift = -scale * mean
-    if beta is not None:
-        shift = _floats("beta", beta, mean) + shift
+        if gamma is not None:
+            scale = arguments.floats("gamma", gamma, mean) * scale
+        shift = -scale * mean
+        if beta is not None:
+            shift = arguments.floats("beta", beta, mean) + shift
     return LinearMap(scale, shift)
 
 
@@ -138,11 +137,7 @@ def fold_into_linear(
     >>> np.allclose(u @ folded.T + bias, y)
     True
     """
-    if as_numpy("weight", weight).ndim != 2:
-        raise ValueError(
-            f"weight: expected 2 dimensions; got shape {as_numpy('weight', weight).shape}"
-        )
-    return _fold(weight, bias, linear_map(mean, var, gamma, beta, eps), axis)
+    return _fold(weight, bias, linear_map(mean, var, gamma, beta, eps), axis, range(2, 3))
 
 
 def fold_into_conv(
@@ -194,43 +189,17 @@ def fold_into_conv(
     >>> folded[0].ravel(), bias
     (array([0.5, 0.5, 0.5]), array([-0.5, -0.5]))
     """
-    if as_numpy("weight", weight).ndim < 3:
-        raise ValueError(
-            f"weight: expected at least 3 dimensions; got shape {as_numpy('weight', weight).shape}"
-        )
-    return _fold(weight, bias, linear_map(mean, var, gamma, beta, eps), axis)
+    return _fold(weight, bias, linear_map(mean, var, gamma, beta, eps), axis, range(3, 65))
 
 
 def _fold(
-    weight: Any, bias: Any, linear: LinearMap, axis: int
+    weight: Any, bias: Any, linear: LinearMap, axis: int, ranks: range
 ) -> tuple[NDArray[Any], NDArray[Any]]:
+    wide, axis = arguments.weights(weight, linear.scale, axis, ranks)
     dtype = as_numpy("weight", weight).dtype
-    weight = _floats("weight", weight)
-    if not -weight.ndim <= axis < weight.ndim:
-        raise ValueError(f"axis: {axis} is out of range for weight of shape {weight.shape}")
-    outputs = weight.shape[axis]
-    if linear.scale.shape != (outputs,):
-        raise ValueError(
-            f"mean: expected shape {(outputs,)}, one value per output of weight {weight.shape} "
-            f"on axis {axis}; got {linear.scale.shape}"
-        )
-    shape = [1] * weight.ndim
-    shape[axis] = outputs
     shift = linear.shift
     if bias is not None:
-        shift = _floats("bias", bias, linear.scale) * linear.scale + shift
-    return (weight * linear.scale.reshape(shape)).astype(dtype), shift.astype(dtype)
-
-
-def _floats(name: str, array: Any, like: NDArray[Any] | None = None) -> NDArray[np.float64]:
-    values = as_numpy(name, array)
-    if values.dtype.kind != "f":
-        raise TypeError(
-            f"{name}: expected an array of floats; got dtype {values.dtype}; "
-            f"cast it with {name}.astype(numpy.float32)"
-        )
-    if like is not None and values.shape != like.shape:
-        raise ValueError(
-            f"{name}: expected shape {like.shape}, one value per channel; got {values.shape}"
-        )
-    return values.astype(np.float64)
+        shift = arguments.floats("bias", bias, linear.scale) * linear.scale + shift
+    shape = [1] * wide.ndim
+    shape[axis] = -1
+    return (wide * linear.scale.reshape(shape)).astype(dtype), shift.astype(dtype)

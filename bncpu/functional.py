@@ -107,13 +107,14 @@ def batch_norm_train(
         If an argument is not an array of the kind or dtype it must be.
     ValueError
         If a shape, range or axis does not fit, an array that is written is read-only or overlaps
-        another, only one running statistic is given, or m = 1.
+        itself or another, only one running statistic is given, or m = 1.
 
     Notes
     -----
     Sums are formed about a pivot near the mean in short runs of x's precision, flushed to float64
-    and merged in an order that depends on the shape (and x's memory order) alone. A channel with
-    \|mean\| / std = 1e6 is right to the input's own precision; a constant channel gives beta.
+    and merged in an order that depends alone on the shape and on which axes of x are contiguous. A
+    channel with \|mean\| / std = 1e6 is right to the input's own precision; a constant channel
+    gives beta (for eps > 0).
 
     x is read from memory once where a tile of channels fits the caches. Views with a contiguous
     innermost axis are read in place; others (a reversed or strided innermost axis, misaligned or
@@ -140,14 +141,15 @@ def batch_norm_train(
     """
     x = arguments.data("x", x)
     over = arguments.channels(x, axis)
-    gamma = arguments.affine("gamma", gamma, x, over)
-    beta = arguments.affine("beta", beta, x, over)
+    scale = arguments.affine("gamma", gamma, x, over)
+    shift = arguments.affine("beta", beta, x, over)
     momentum = arguments.momentum_weight(momentum)
     eps = arguments.epsilon(eps)
     threads = threads_for_call(num_threads)
     m = arguments.batch_values(over, x)
-    y = arguments.output(out, x, [("x", x), ("gamma", gamma), ("beta", beta)], may_be=None)
-    running = arguments.running(running_mean, running_var, x, over, [("out", y)])
+    y = arguments.output(out, x, [("x", x), ("gamma", scale), ("beta", shift)], may_be=None)
+    others = [("x", x), ("gamma", gamma), ("beta", beta), ("out", y)]
+    running = arguments.running(running_mean, running_var, x, over, others)
 
     if m == 0 or over.number == 0:
         var = np.zeros(over.shape)
@@ -155,12 +157,15 @@ def batch_norm_train(
     mean, var, invstd = np.empty((3, over.number))
     problem = arguments.problem(over, x, out=y)
     kernels_for(x).train(
-        problem.geometry, *problem.arrays, gamma, beta, eps, mean, var, invstd, threads
+        problem.geometry, *problem.arrays, scale, shift, eps, mean, var, invstd, threads
     )
     problem.finish()
     if running is not None:
-        for old, new in zip(running, (mean, var * (m / (m - 1))), strict=True):
-            old[...] = (1 - momentum) * old + momentum * new.reshape(over.shape)
+        # Statistics beyond float32 become infinite there, as IEEE arithmetic has it; no warning is
+        # owed, and one that is an error must not come between the two.
+        with np.errstate(all="ignore"):
+            for old, new in zip(running, (mean, var * (m / (m - 1))), strict=True):
+                old[...] = (1 - momentum) * old + momentum * new.reshape(over.shape)
     return TrainResult(y, mean.reshape(over.shape), invstd.reshape(over.shape))
 
 
@@ -453,7 +458,7 @@ def _gradients(
     shape: tuple[int, ...],
 ) -> Gradients:
     # Sums beyond float32 become infinite there, as IEEE arithmetic has it; no warning is owed.
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         return Gradients(
             dx,
             dgamma.astype(dx.dtype, copy=False).reshape(shape),

@@ -137,6 +137,7 @@ class BatchNorm:
         TypeError, ValueError
             As `batch_norm_train` and `batch_norm_infer`.
         """
+        self._check(x)
         if not self.training and self.running_mean is not None and self.running_var is not None:
             y = functional.batch_norm_infer(
                 x,
@@ -148,7 +149,11 @@ class BatchNorm:
                 axis=self.axis,
                 out=out,
             )
-            self._last = (x, self.running_mean, self.running_var, False)
+            # In place there is no x left to differentiate at.
+            in_place = out is not None and arguments.overlap(
+                as_numpy("out", out), as_numpy("x", x)
+            )
+            self._last = None if in_place else (x, self.running_mean, self.running_var, False)
             return y
         update = self.training and self.running_mean is not None
         momentum = self.momentum
@@ -165,10 +170,8 @@ class BatchNorm:
             axis=self.axis,
             out=out,
         )
-        # A gamma of the layer's shape has checked x; without one nothing has.
-        if mean.shape != self.shape:
-            raise ValueError(f"x: expected channels of shape {self.shape}; got {mean.shape}")
-        self.num_batches_tracked += update
+        # A batch without values has changed nothing and must not weigh in the average.
+        self.num_batches_tracked += update and y.size > 0
         self._last = (x, mean, invstd, True)
         return y
 
@@ -184,12 +187,14 @@ class BatchNorm:
         Raises
         ------
         RuntimeError
-            If there was no forward.
+            If there was no forward, or the last one wrote its result over x.
         TypeError, ValueError
             As `batch_norm_backward`.
         """
         if self._last is None:
-            raise RuntimeError("backward: call forward first; it keeps what the gradients need")
+            raise RuntimeError(
+                "backward: call forward first, and not with out=x; it keeps what the gradients need"
+            )
         x, mean, spread, batch = self._last
         if batch:
             gradients = functional.batch_norm_backward(
@@ -214,19 +219,19 @@ class BatchNorm:
         ----------
         state : mapping of names to arrays
             weight, bias (with affine), running_mean, running_var, num_batches_tracked (with
-            track_running_stats); any float dtype.
+            track_running_stats), in any real dtype of NumPy.
 
         Raises
         ------
-        KeyError
-            If a name is missing or unknown.
-        TypeError, ValueError
-            If a value is not an array of numbers, or of the wrong shape.
+        TypeError
+            If a value is not an array of numbers.
+        ValueError
+            If a name is missing or unknown, a shape is wrong, or a variance or the count negative.
         """
         own = self._state()
         missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or unknown:
-            raise KeyError(f"state: missing {missing}, unknown {unknown}")
+            raise ValueError(f"state: missing {missing}, unknown {unknown}")
         new = {}
         for name, array in own.items():
             value = as_numpy(name, state[name])
@@ -234,10 +239,29 @@ class BatchNorm:
                 raise ValueError(f"{name}: expected shape {array.shape}; got {value.shape}")
             if value.dtype.kind not in "iuf":
                 raise TypeError(f"{name}: expected an array of numbers; got dtype {value.dtype}")
+            if name == "running_var" and (value < 0).any():
+                raise ValueError(f"{name}: expected no negative variance; got {value.min()}")
+            if name == "num_batches_tracked" and not (0 <= value < 2**63 and value % 1 == 0):
+                raise ValueError(f"{name}: expected a count; got {value}")
             new[name] = value
         self.num_batches_tracked = int(new.pop("num_batches_tracked", 0))
         for name, value in new.items():
             own[name][...] = value
+
+    def _check(self, x: Any) -> None:
+        # The functions would blame gamma or the running statistics, which nobody passed.
+        array = arguments.data("x", x)
+        if array.dtype != self.dtype:
+            raise TypeError(
+                f"x: expected dtype {self.dtype}, the layer's; got {array.dtype}; "
+                f"cast it, or make the layer with dtype=numpy.{array.dtype}"
+            )
+        over = arguments.channels(array, self.axis)
+        if over.shape != self.shape:
+            raise ValueError(
+                f"x: expected {self.shape} channels on axis {self.axis}; got {over.shape} in "
+                f"shape {array.shape}"
+            )
 
     def _state(self) -> dict[str, NDArray[Any]]:
         # The layer's own arrays, save for the count.
@@ -263,9 +287,9 @@ def _shape(num_features: int | tuple[int, ...], axis: int | tuple[int, ...]) -> 
         ) from None
     if not shape or min(shape) < 1:
         raise ValueError(f"num_features: expected sizes of at least 1; got {num_features!r}")
-    axes = len(axis) if isinstance(axis, tuple) else 1
-    if len(shape) != axes:
+    axes = arguments.axis_numbers(axis)
+    if len(shape) != len(axes):
         raise ValueError(
-            f"num_features: expected one size per channel axis ({axes}); got {num_features!r}"
+            f"num_features: expected one size per channel axis {axes}; got {num_features!r}"
         )
     return shape

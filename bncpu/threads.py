@@ -9,13 +9,16 @@ from __future__ import annotations
 import operator
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 
 from bncpu import cpu
+
+# OpenMP ends the process if it cannot start the threads it was asked for; no machine has these many
+# cores to itself.
+MAX_THREADS = 1024
 
 
 class _Wish(NamedTuple):
@@ -33,14 +36,14 @@ def set_num_threads(n: SupportsIndex | None) -> None:
     Parameters
     ----------
     n : int or None
-        At least 1. None returns to OpenMP's own number.
+        From 1 to 1024. None returns to OpenMP's own number.
 
     Raises
     ------
     TypeError
         If n is not an integer.
     ValueError
-        If n < 1.
+        If n is out of range.
 
     Notes
     -----
@@ -77,13 +80,13 @@ def get_num_threads() -> int:
 
 
 def checked(n: SupportsIndex, name: str = "num_threads") -> int:
-    """Return n as an int that is at least 1, or raise TypeError or ValueError."""
+    """Return n as an int from 1 to MAX_THREADS, or raise TypeError or ValueError."""
     try:
         value = operator.index(n)
     except TypeError:
         raise TypeError(f"{name}: expected an integer; got {type(n).__name__}") from None
-    if not 1 <= value < 2**31:
-        raise ValueError(f"{name}: expected at least 1; got {value}")
+    if not 1 <= value <= MAX_THREADS:
+        raise ValueError(f"{name}: expected 1 to {MAX_THREADS}; got {value}")
     return value
 
 
@@ -115,11 +118,14 @@ def config() -> dict[str, object]:
     >>> bncpu.config()["level chosen"] in bncpu.config()["levels runnable"]
     True
     """
+    from importlib import metadata  # slow to import, and nothing else needs it
+
+    cupy = metadata.packages_distributions().get("cupy")
     return {
         "bncpu": metadata.version("bncpu"),
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "cupy": _version("cupy"),
+        "cupy": metadata.version(cupy[0]) if cupy else "absent",
         "machine": f"{platform.machine()} {platform.system()}",
         "levels compiled": cpu.compiled_levels(),
         "levels runnable": cpu.runnable_levels(),
@@ -143,11 +149,6 @@ def show_config() -> None:
     for name, value in config().items():
         text = ", ".join(value) if isinstance(value, tuple) else str(value)
         print(f"{name:<16} {text}")
-
-
-def _version(package: str) -> str:
-    distributions = metadata.packages_distributions().get(package)
-    return metadata.version(distributions[0]) if distributions else "absent"
 
 
 def _openmp() -> str:

@@ -45,6 +45,36 @@ def assert_close(got, truth, *, limit, what):
         )
 
 
+def assert_same_to_rounding(got, other, *, dtype, m, size, what="result"):
+    """Compare two computations of one thing, neither of them the truth.
+
+    Each may be off by its tolerance, for sums over m values and terms of that size, so the two may
+    differ by twice that.
+    """
+    limit = 2.0 * tolerance(dtype, m) * np.asarray(size)
+    assert_close(got, np.asarray(other, dtype=np.float64), limit=limit, what=what)
+
+
+def assert_gradient(got, loss, array, *, step=1e-3, what="gradient"):
+    """Compare a float64 gradient with central differences of loss(), which reads the array.
+
+    Its elements are moved one at a time, in place. Differences of fourth order,
+    (-f(2h) + 8 f(h) - 8 f(-h) + f(-2h)) / 12h, are wrong by h^4 times a fifth derivative, and by
+    the rounding of f over h. Derivatives of x -> xhat grow by a factor of about three each, and
+    the losses have some tens of terms of size one; the factor holds both.
+    """
+    differences = np.empty_like(array)
+    for index in np.ndindex(array.shape):
+        kept, values = array[index], []
+        for steps in (-2, -1, 1, 2):
+            array[index] = kept + steps * step
+            values.append(loss())
+        array[index] = kept
+        differences[index] = (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * step)
+    limit = 1e3 * (step**4 + EPS64 / step) * (1.0 + np.abs(differences).max(initial=0.0))
+    assert_close(got, differences, limit=limit, what=what)
+
+
 def assert_same_bits(got, expected, what="result"):
     """Compare bit by bit: NaN equals itself, +0 differs from -0."""
     got, expected = np.ascontiguousarray(got), np.ascontiguousarray(expected)
@@ -64,10 +94,7 @@ def assert_moments(got, x, *, axis=1):
     assert not np.any(got.m2 < 0.0), "m2 is negative"
     allowed = tolerance(x.dtype, truth.count)
     _assert_mean(got.mean, truth, allowed)
-    # Parts merge by the difference of their means, and a mean is what float64 holds of it.
-    rounding = 4.0 * EPS64 * np.abs(truth.mean) * np.sqrt(truth.count)
-    limit = allowed * truth.m2 + rounding * np.sqrt(truth.m2) + rounding**2
-    assert_close(got.m2, truth.m2, limit=limit, what="m2")
+    assert_close(got.m2, truth.m2, limit=_m2_limit(truth, allowed), what="m2")
     return truth
 
 
@@ -88,6 +115,38 @@ def assert_train(got, x, gamma=None, beta=None, *, eps=1e-5, axis=1):
     limit = allowed * (_size(gamma, 1.0) * (xhat + 1.0) + _size(beta, 0.0))
     assert_close(y, truth.y, limit=limit, what="y")
     return truth
+
+
+@np.errstate(all="ignore")
+def assert_running(running_mean, running_var, *batches, mean=0.0, var=1.0, momentum=0.1, axis=1):
+    """Compare running statistics, which began as mean and var, with the truth after the batches.
+
+    A batch brings the error of its statistics, by its weight, and every update one rounding to the
+    dtype of the running statistics. Errors of earlier batches fade as the batches do.
+    """
+    own, keep = tolerance(running_mean.dtype, 1), 1.0 - momentum
+    truth_mean, truth_var = (
+        np.array(np.broadcast_to(a, running_mean.shape), np.float64) for a in (mean, var)
+    )
+    mean_limit = var_limit = 0.0
+    for x in batches:
+        moments = reference.batch_moments(x, axis=axis)
+        m = moments.count
+        if m == 0:
+            continue
+        allowed = tolerance(x.dtype, m)
+        size = keep * np.abs(truth_mean) + momentum * np.abs(moments.mean)
+        reference.batch_norm_train(
+            x, running_mean=truth_mean, running_var=truth_var, momentum=momentum, axis=axis
+        )
+        mean_limit = keep * mean_limit + momentum * _mean_limit(moments, allowed) + own * size
+        unbiased_limit = _m2_limit(moments, allowed) / (m - 1)
+        var_limit = keep * var_limit + momentum * unbiased_limit + own * np.abs(truth_var)
+    truth_mean = _held_in(running_mean.dtype, truth_mean)
+    truth_var = _held_in(running_var.dtype, truth_var)
+    least = np.finfo(running_mean.dtype).smallest_subnormal  # where its own digits end
+    assert_close(running_mean, truth_mean, limit=mean_limit + least, what="running_mean")
+    assert_close(running_var, truth_var, limit=var_limit + least, what="running_var")
 
 
 @np.errstate(all="ignore")
@@ -139,17 +198,33 @@ def _assert_float64(*statistics):
 
 
 def _assert_mean(mean, moments, allowed):
-    """Compare means: an error is a part of the standard deviation, or float64's own rounding."""
+    assert_close(mean, moments.mean, limit=_mean_limit(moments, allowed), what="mean")
+
+
+def _mean_limit(moments, allowed):
+    """Allow an error that is a part of the standard deviation, or float64's own rounding."""
     std = np.sqrt(moments.m2 / max(moments.count, 1))
-    limit = allowed * std + 4.0 * EPS64 * np.abs(moments.mean)
-    assert_close(mean, moments.mean, limit=limit, what="mean")
+    return allowed * std + 4.0 * EPS64 * np.abs(moments.mean)
+
+
+def _m2_limit(moments, allowed):
+    # Parts merge by the difference of their means, and a mean is what float64 holds of it.
+    rounding = 4.0 * EPS64 * np.abs(moments.mean) * np.sqrt(moments.count)
+    return allowed * moments.m2 + rounding * np.sqrt(moments.m2) + rounding**2
 
 
 def _assert_parameter_gradients(got, truth, dtype, m, ratio, sum_dy, sum_dy_xhat):
     assert got.dgamma.dtype == got.dbeta.dtype == dtype
+    dgamma, dbeta = _held_in(dtype, truth.dgamma), _held_in(dtype, truth.dbeta)
     limit = tolerance(dtype, m, ratio) * sum_dy_xhat
-    assert_close(got.dgamma, truth.dgamma, limit=limit, what="dgamma")
-    assert_close(got.dbeta, truth.dbeta, limit=tolerance(dtype, m) * sum_dy, what="dbeta")
+    assert_close(got.dgamma, dgamma, limit=limit, what="dgamma")
+    assert_close(got.dbeta, dbeta, limit=tolerance(dtype, m) * sum_dy, what="dbeta")
+
+
+def _held_in(dtype, truth):
+    """Return the truth with infinity where it is past the end of the dtype."""
+    past = np.abs(truth) > np.finfo(dtype).max
+    return np.where(past, np.copysign(np.inf, truth), truth)
 
 
 def _channels_last(axis, *arrays):

@@ -99,6 +99,31 @@ def test_huge_and_tiny_values(rng, dtype, shape, std, eps):
     assert_backward(got, dy, x, mean, invstd, gamma)
 
 
+@pytest.mark.parametrize("size", [1e36, 1e37])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((4, 2, 2048), 1), ((64, 5, 7), 1), ((64, 5, 7), -1), ((300, 5), 1)]
+)
+def test_huge_gradients(rng, dtype, shape, axis, size):
+    """Sums that float32 cannot hold, of a dx that it can; where dgamma is past its end, inf."""
+    dy, x, mean, invstd, gamma = problem(rng, shape, dtype, axis)
+    dy = (size * (1.0 + rng.standard_normal(shape))).astype(dtype)
+    assert np.isfinite(bncpu.batch_norm_backward(dy, x, mean, invstd, gamma, axis=axis).dx).all()
+    check_both(dy, x, mean, invstd, gamma, axis=axis)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 2048), (64, 5, 7), (300, 5)], ids=str)
+def test_huge_gradients_that_cancel(rng, shape):
+    """First all of one sign, then all of the other: the sums come back from beyond float32."""
+    dy, x, mean, invstd, gamma = problem(rng, shape, np.float32)
+    dy[...] = 1e38
+    dy[shape[0] // 2 :] *= -1.0
+    x[shape[0] // 2 :] = x[: shape[0] // 2]
+    mean = reference.batch_moments(x).mean
+    got = bncpu.batch_norm_backward(dy, x, mean, invstd, gamma)
+    assert all(np.isfinite(a).all() for a in got)
+    assert_backward(got, dy, x, mean, invstd, gamma)
+
+
 @pytest.mark.parametrize("where", ["x", "dy", "gamma", "mean", "invstd"])
 @pytest.mark.parametrize(("shape", "axis"), [((4, 7, 5), 1), ((3, 7, 513), 1), ((9, 7), -1)])
 def test_special_values_stay_in_their_channel(rng, dtype, shape, axis, where):

@@ -3,6 +3,8 @@
 import concurrent.futures
 import multiprocessing
 import os
+import platform
+import re
 import subprocess
 import sys
 import threading
@@ -89,6 +91,28 @@ def test_set_num_threads(rng):
             assert_same_bits(a, expected[name], f"{name} on {number} threads")
     bncpu.set_num_threads(None)
     assert bncpu.get_num_threads() >= 1
+
+
+@pytest.mark.usefixtures("default_threads")
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (0, ValueError),
+        (-1, ValueError),
+        (1025, ValueError),
+        (10**6, ValueError),
+        (2**31, ValueError),
+        (1.5, TypeError),
+        ("2", TypeError),
+    ],
+)
+def test_what_is_no_number_of_threads(value, error):
+    """OpenMP would end the process over threads that it cannot start."""
+    before = bncpu.get_num_threads()
+    expected = "1 to 1024" if error is ValueError else "an integer"
+    with pytest.raises(error, match=rf"^num_threads: expected {expected}; got "):
+        bncpu.set_num_threads(value)
+    assert bncpu.get_num_threads() == before
 
 
 def test_numpy_integers_are_numbers_of_threads(rng):
@@ -295,9 +319,31 @@ def test_a_forked_child_computes_and_does_not_hang(rng, which):
         assert_same_bits(a, expected[name], name)
 
 
+@pytest.mark.usefixtures("default_threads")
 def test_show_config(capsys):
+    """One line for each fact: its name, and what is so in this process."""
+    bncpu.set_num_threads(3)
     bncpu.show_config()
-    printed = capsys.readouterr().out
-    for word in [np.__version__, bncpu.__version__, bncpu.cpu.level, *bncpu.cpu.compiled_levels()]:
-        assert word in printed
-    assert isinstance(bncpu.config(), dict)
+    lines = capsys.readouterr().out.splitlines()
+    facts = bncpu.config()
+    assert len(lines) == len(facts)
+    shown = {}
+    for name, line in zip(facts, lines, strict=True):
+        assert line.startswith(f"{name} ")
+        shown[name] = line.removeprefix(name).strip()
+    assert shown["bncpu"] == bncpu.__version__
+    assert shown["python"] == platform.python_version()
+    assert shown["numpy"] == np.__version__
+    assert shown["levels compiled"] == ", ".join(bncpu.cpu.compiled_levels())
+    assert shown["levels runnable"] == ", ".join(bncpu.cpu.runnable_levels())
+    assert shown["level chosen"] == bncpu.cpu.level
+    assert shown["threads"] == "3"
+    try:
+        assert shown["cupy"] == __import__("cupy").__version__
+    except ImportError:
+        assert shown["cupy"] == "absent"
+    loaded = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "openmp"]
+    if not loaded:
+        assert shown["openmp"] == "absent (serial build)"
+    else:
+        assert re.match(r"20\d{4}\b", shown["openmp"])

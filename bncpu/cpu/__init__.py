@@ -13,8 +13,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bncpu.cpu import detect
 from bncpu.cpu.caches import cache_sizes as cache_sizes
+
+try:
+    from bncpu.cpu import detect
+except ImportError as error:
+    raise ImportError(
+        f"bncpu: no compiled modules in {Path(__file__).parent}; in a checkout, build them with "
+        "`make test` or `pip install --editable .`"
+    ) from error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -14,9 +14,9 @@ namespace {
 // planes) + (k % rows_per_plane) * row + c * channel.
 template <class T>
 struct View {
-    T* data;
-    const int64_t* planes;
-    int64_t rows_per_plane, row, channel;
+    T* data = nullptr;
+    const int64_t* planes = nullptr;
+    int64_t rows_per_plane = 1, row = 0, channel = 0;
 
     T* at(int64_t k, int64_t c) const {
         T* p = data + c * channel;
@@ -256,6 +256,28 @@ void column_moments(const View<T>& x, const Piece& piece, int64_t c0, int64_t c1
             out[c] = careful_moments(x, piece, c0 + c);
 }
 
+// The parameter gradients of a piece in double, where their sums are beyond float32 (or where there
+// is a NaN or Inf).
+template <class T>
+Sums careful_gradients(const Job<T>& job, const Piece& piece, int64_t c) {
+    const double mean = job.channels.mean[c], invstd = job.channels.invstd[c];
+    Sums total{0, 0};
+    for (int64_t row = piece.k0; row < piece.k1; ++row) {
+        const T* dy = job.dy.at(row, c) + piece.start;
+        const T* x = job.x.at(row, c) + piece.start;
+        for (int64_t i = 0; i < piece.length; ++i) {
+            total.first += dy[i];
+            total.second += dy[i] * ((x[i] - mean) * invstd);
+        }
+    }
+    return total;
+}
+
+template <class T>
+inline bool finite(Sums sums) {
+    return sizeof(T) == 8 || (std::isfinite(sums.first) && std::isfinite(sums.second));
+}
+
 // Rows form of the parameter gradients: sum dy, sum dy * xhat.
 template <class T>
 Sums row_gradients(const Job<T>& job, const Piece& piece, int64_t c,
@@ -270,7 +292,8 @@ Sums row_gradients(const Job<T>& job, const Piece& piece, int64_t c,
             },
             Row<T>{job.dy.at(row, c) + piece.start, Vec<T>::all(0)},
             Row<T>{job.x.at(row, c) + piece.start, k.at(kMean, 0)});
-    return {total.first(), total.second()};
+    const Sums sums = {total.first(), total.second()};
+    return finite<T>(sums) ? sums : careful_gradients(job, piece, c);
 }
 
 template <class T>
@@ -296,7 +319,10 @@ void column_gradients(const Job<T>& job, const Piece& piece, int64_t c0, int64_t
             sums.add(i, sum, products);
         });
     });
-    for (int64_t c = 0; c < c1 - c0; ++c) out[c] = sums.of(c * run, run);
+    for (int64_t c = 0; c < c1 - c0; ++c) {
+        out[c] = sums.of(c * run, run);
+        if (!finite<T>(out[c])) out[c] = careful_gradients(job, piece, c0 + c);
+    }
 }
 
 // out = f(dy, x), f(dy) or f(x), row by row.
