@@ -1,12 +1,15 @@
 """The command bncpu: info, bench, train, reproduce.
 
 Nothing is computed here: a command reads its arguments, calls the package, prints the result. An
-error is one line on stderr and exit status 2, an interrupt 130; files are written whole or not at
-all, and whatever can be refused is refused before the work begins.
+error is one line on stderr and exit status 2, an interrupt 130, a reader that has gone away 141 and
+no line; files are written whole or not at all, and whatever can be refused is refused before the
+work begins.
 """
 
 import argparse
+import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -46,6 +49,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[], nn.Layer], float]] = {
     "tanh": (nn.Tanh, 1.0),
     "relu": (nn.ReLU, math.sqrt(2)),
 }
+CHOICES = {"dataset": data.NAMES, "activation": tuple(ACTIVATIONS)}
 TABLE_ROWS = 20
 
 
@@ -58,28 +62,49 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, 2 for an error, 130 for an interrupt."""
-    # Told here and not by parse_args, the line begins with the command's name.
-    args, unknown = parser().parse_known_args(argv)
-    if unknown:
-        return complain(args.command, f"unrecognized arguments: {' '.join(unknown)}", 2)
+    """Run the command and return its exit status, as the head of this file lists them."""
+    command = "bncpu"
     try:
-        args.run(args)
+        try:
+            args, unknown = parser().parse_known_args(argv)
+            command = f"bncpu {args.command}"
+            # Told here and not by parse_args, the line begins with the command's name.
+            if unknown:
+                raise ValueError(f"unrecognized arguments: {' '.join(unknown)}")
+            args.run(args)
+        finally:
+            print(end="", flush=True)  # now, while an error of stdout can still be told
         return 0
     except KeyboardInterrupt:
-        return complain(args.command, "interrupted", 130)
+        return complain(command, "interrupted", 130)
+    except BrokenPipeError:
+        give_up_stdout()
+        return 141  # as if by SIGPIPE, what a shell expects of `bncpu ... | head`
     except OSError as error:
-        # str(error) would begin with a number in brackets.
-        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return complain(args.command, text, 2)
-    except (ValueError, ImportError, FloatingPointError) as error:
-        return complain(args.command, str(error), 2)
+        give_up_stdout()
+        # str(error) may begin with a number in brackets.
+        text = error.strerror or str(error)
+        return complain(command, f"{error.filename}: {text}" if error.filename else text, 2)
+    except MemoryError as error:
+        return complain(command, f"not enough memory; {error or 'take a smaller model'}", 2)
+    except (ValueError, ImportError, OverflowError, FloatingPointError) as error:
+        return complain(command, str(error), 2)
 
 
 def complain(command: str, text: str, status: int) -> int:
     """Print one line on stderr and return the exit status."""
-    print(f"bncpu {command}: {' '.join(text.split())}", file=sys.stderr)
+    print(f"{command}: {' '.join(text.split())}", file=sys.stderr)
     return status
+
+
+def give_up_stdout() -> None:
+    """Drop what stdout will not take, of which the interpreter would complain when it ends."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def parser() -> Parser:
@@ -157,21 +182,25 @@ def train_arguments(sub: Parser) -> None:
         default = DEFAULTS[name]
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         flag = "--" + name.replace("_", "-")
+        if name in NUMBERS:
+            options["type"] = NUMBERS[name]
+        if name in CHOICES:
+            options["choices"] = CHOICES[name]
         what.add_argument(flag, dest=name, help=f"{help_} (default: {shown})", **options)
 
-    setting("dataset", "digits needs no file", choices=data.NAMES)
+    setting("dataset", "digits needs no file")
     setting("hidden", "sizes of the hidden layers", type=positive, nargs="+", metavar="N")
-    setting("activation", "their nonlinearity", choices=tuple(ACTIVATIONS))
+    setting("activation", "their nonlinearity")
     setting(
         "batch_norm",
         "normalise before each nonlinearity",
         action=argparse.BooleanOptionalAction,
         default=None,
     )
-    setting("batch_size", "examples in a step", type=positive, metavar="N")
-    setting("learning_rate", "of plain gradient descent", type=rate, metavar="X")
-    setting("momentum", "0 to less than 1", type=fraction, metavar="X")
-    setting("seed", "of the initial weights and the order", type=natural, metavar="N")
+    setting("batch_size", "examples in a step", metavar="N")
+    setting("learning_rate", "of plain gradient descent", metavar="X")
+    setting("momentum", "0 to less than 1", metavar="X")
+    setting("seed", "of the initial weights and the order", metavar="N")
 
     how = sub.add_argument_group("how long, from where, to where")
     length = how.add_mutually_exclusive_group()
@@ -200,7 +229,7 @@ def number(text: str, kind: Callable[[str], Any], ok: Callable[[Any], bool], wha
     except ValueError:
         value = None
     if value is None or not ok(value):
-        raise argparse.ArgumentTypeError(f"expected {what}; got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {what}; got {text!r:.60}")
     return value
 
 
@@ -222,6 +251,9 @@ def rate(text: str) -> Any:
 def fraction(text: str) -> Any:
     """Read a number from 0 to less than 1."""
     return number(text, float, lambda x: 0 <= x < 1, "a number >= 0 and < 1")
+
+
+NUMBERS = {"batch_size": positive, "learning_rate": rate, "momentum": fraction, "seed": natural}
 
 
 def info(_: argparse.Namespace) -> None:
@@ -250,17 +282,15 @@ def train(args: argparse.Namespace) -> None:
     """Train a network, print its accuracy by step, and write what is asked for."""
     checkpoint = nn.read_checkpoint(args.load) if args.load else None
     settings = training_settings(args, checkpoint)
-    if settings["batch_norm"] and settings["batch_size"] == 1:
-        raise ValueError(
-            "--batch-size: batch normalisation needs at least 2 examples in a batch; "
-            "take more, or --no-batch-norm"
-        )
     if args.threads:
         limit_threads(args.threads)
     dataset = data.load(settings["dataset"], args.data_dir)
     activation, gain = ACTIVATIONS[settings["activation"]]
+    sizes = [dataset.x_train.shape[1], *settings["hidden"], CLASSES]
+    if checkpoint:
+        checkpoint.check_sizes(sizes)  # before anything is allocated on the word of the file
     model = nn.fully_connected(
-        [dataset.x_train.shape[1], *settings["hidden"], CLASSES],
+        sizes,
         activation=activation,
         batch_norm=settings["batch_norm"],
         gain=gain,
@@ -269,10 +299,10 @@ def train(args: argparse.Namespace) -> None:
     optimizer = nn.SGD(settings["learning_rate"], settings["momentum"])
     if checkpoint:
         checkpoint.restore(model, optimizer)
-    if args.save:
-        check_writable(args.save)
     if args.out:
         prepare_folder(args.out)
+    if args.save:  # perhaps into that folder
+        check_writable(args.save)
 
     print(f"{dataset.name}: {len(dataset.y_train)} images to train, {len(dataset.y_test)} to test")
     layers = f"{dataset.x_train.shape[1]} inputs, {settings['activation']} layers of "
@@ -321,21 +351,38 @@ def training_settings(args: argparse.Namespace, checkpoint: nn.Checkpoint | None
     settings = dict(DEFAULTS)
     for name in DEFAULTS:
         if checkpoint and name in checkpoint.settings:
-            settings[name] = checkpoint.settings[name]
-            if not plausible(name, settings[name]):
-                raise ValueError(f"{checkpoint.path}: its setting of {name} is damaged")
+            try:
+                settings[name] = setting_from_file(name, checkpoint.settings[name])
+            except (argparse.ArgumentTypeError, RecursionError) as error:
+                raise ValueError(
+                    f"{checkpoint.path}: its setting of {name} is damaged; {error}"
+                ) from error
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
+    if settings["batch_norm"] and settings["batch_size"] == 1:
+        source = "--batch-size"
+        if checkpoint and args.batch_size is None and "batch_size" in checkpoint.settings:
+            source = f"{checkpoint.path}: its setting of batch_size"
+        raise ValueError(
+            f"{source}: batch normalisation needs at least 2 examples in a batch; got 1; "
+            "take more, or --no-batch-norm"
+        )
     return settings
 
 
-def plausible(name: str, value: Any) -> bool:
-    """Tell whether a value from a file can be that setting; its range is checked in its use."""
+def setting_from_file(name: str, value: Any) -> Any:
+    """Return a setting of a file as the command line would have read it, or refuse it as that."""
+    if name in NUMBERS:
+        return NUMBERS[name](json.dumps(value))
     if name == "hidden":
-        return isinstance(value, list) and all(type(size) is int for size in value)
-    if name == "activation":
-        return value in tuple(ACTIVATIONS)
-    return type(value) is type(DEFAULTS[name])
+        ok, what = isinstance(value, list) and bool(value), "a list of sizes"
+    elif name == "batch_norm":
+        ok, what = isinstance(value, bool), "true or false"
+    else:
+        ok, what = value in CHOICES[name], f"one of {', '.join(CHOICES[name])}"
+    if not ok:
+        raise argparse.ArgumentTypeError(f"expected {what}; got {json.dumps(value):.60}")
+    return [positive(json.dumps(size)) for size in value] if name == "hidden" else value
 
 
 def print_records(records: Sequence[nn.Record]) -> None:

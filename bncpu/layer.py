@@ -150,9 +150,7 @@ class BatchNorm:
                 out=out,
             )
             # In place there is no x left to differentiate at.
-            in_place = out is not None and arguments.overlap(
-                as_numpy("out", out), as_numpy("x", x)
-            )
+            in_place = out is not None and arguments.overlap(as_numpy("out", out), as_numpy("x", x))
             self._last = None if in_place else (x, self.running_mean, self.running_var, False)
             return y
         update = self.training and self.running_mean is not None

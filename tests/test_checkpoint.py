@@ -114,6 +114,28 @@ def test_another_architecture_is_refused(saved, other, message):
     assert optimizer.velocity == {}
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((6, 7, 8, 4), r"linear layer 1 have shape \(5, 7\) in the file and \(8, 7\) in"),
+        ((6, 7, 5), r"linear layer 2 have shape \(4, 5\) in the file and none in the model"),
+        ((6, 7, 5, 4, 3), r"linear layer 3 have shape none in the file and \(3, 4\) in the model"),
+        ((10**7,) * 3, r"linear layer 0 have shape \(7, 6\) in the file and \(10000000, "),
+    ],
+)
+def test_sizes_are_compared_without_a_model(saved, sizes, message):
+    checkpoint = nn.read_checkpoint(saved)
+    checkpoint.check_sizes((6, 7, 5, 4))
+    with pytest.raises(ValueError, match=rf"run\.safetensors: another architecture; .*{message}"):
+        checkpoint.check_sizes(sizes)
+
+
+def test_layers_from_the_tenth_on_are_in_order(tmp_path):
+    sizes = (6, 7, 5, 4, 9, 8, 3)
+    nn.save_checkpoint(tmp_path / "deep", network(sizes), nn.SGD(0.1), step=0, seed=0)
+    nn.read_checkpoint(tmp_path / "deep").check_sizes(sizes)
+
+
 def rewrite(path, description=None, arrays=None):
     """Write the file again: another text as its description, or some arrays changed, None gone."""
     all_arrays = safetensors.numpy.load_file(path) | (arrays or {})
@@ -144,6 +166,7 @@ def test_a_foreign_file_is_refused(saved, metadata):
     [
         ({"version": 7}, "a checkpoint of version 7; this bncpu reads version 1"),
         ({"step": -3}, r"its description is damaged \(step is -3\)"),
+        ({"step": 10**30}, r"its description is damaged \(step is 10{30}\)"),
         ({"step": True}, r"its description is damaged \(step is True\)"),
         ({"seed": "x"}, r"its description is damaged \(seed is 'x'\)"),
         ({"architecture": 3}, r"its description is damaged \(architecture is 3\)"),
@@ -168,6 +191,12 @@ def test_a_damaged_description_is_refused(saved, change, message):
         ("n", np.zeros(2), "does not fit the model; state: unexpected n"),
         ("6.bias", None, r"does not fit the model; state: missing 6\.bias"),
         ("velocity.6.bias", None, r"does not fit the model; state: missing 6\.bias"),
+        ("1.running_var", np.full(7, -1, np.float32), r".* 1\.running_var: expected no negative"),
+        (
+            "1.num_batches_tracked",
+            np.array(-7),
+            r".* 1\.num_batches_tracked: expected a count; got",
+        ),
         ("0.weight", np.zeros((7, 7)), r".* 0\.weight: expected shape \(7, 6\); got \(7, 7\)"),
         ("velocity.0.weight", np.zeros(7), r".* 0\.weight: expected shape \(7, 6\); got \(7,\)"),
         ("0.weight", np.zeros((7, 6), int), r".* 0\.weight: expected dtype float32; got int64"),

@@ -1,6 +1,7 @@
 """The command line: what it prints and writes, and its one line and status when it cannot."""
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -117,6 +118,9 @@ def test_help(capsys, command):
         (["train", "--dataset", "mnist", "--data-dir", "no"], "no: no such folder"),
         (["train", "--load", "no.safetensors"], "no.safetensors: No such file or directory"),
         (["train", "--load", "."], ".: Is a directory"),
+        (["train", "--dataset", "mnist", "--data-dir", "plain"], "plain: is not a folder"),
+        (["train", "--hidden", *["10000000"] * 2], "not enough memory; Unable to allocate"),
+        (["train", "--hidden", "9" * 20], "not enough memory; Unable to allocate"),
         (["train", "--save", "no/file"], "no/file: its folder does not exist"),
         (["train", "--save", "."], ".: exists and is not a regular file"),
         (["train", "--out", "plain"], "plain: is not a folder"),
@@ -155,6 +159,12 @@ def test_train_prints_and_writes(capsys, tmp_path):
         assert name in out
     files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     assert files == {"m.safetensors", "deep/er/results.json", "deep/er/figure.png"}
+
+
+def test_a_model_goes_into_the_new_folder_of_the_results(tmp_path):
+    assert run(*TRAIN, "--out", "run", "--save", "run/m.safetensors") == 0
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["figure.png", "m.safetensors", "results.json"]
 
 
 def test_a_long_table_is_thinned(capsys):
@@ -207,7 +217,7 @@ def test_a_loaded_training_goes_on_exactly(capsys, tmp_path):
     assert nn.read_checkpoint("x").step == 16
     capsys.readouterr()
     for change, message in (
-        (["--hidden", "30"], "half: another architecture; layer 0 is Linear(64, 20, bias=False)"),
+        (["--hidden", "30"], "half: another architecture; the weights of linear layer 0 have"),
         (["--no-batch-norm"], "half: another architecture; layer 0 is"),
         (["--activation", "relu"], "layer 2 is Tanh() in the file and ReLU() in the model"),
     ):
@@ -215,22 +225,92 @@ def test_a_loaded_training_goes_on_exactly(capsys, tmp_path):
         assert_refused(capsys, tmp_path, argv, message)
 
 
+def saved(**settings):
+    """Write the checkpoint m of a network with one hidden layer of 20,."""
+    settings = cli.DEFAULTS | {"hidden": [20]} | settings
+    model = nn.fully_connected(
+        [64, 20, 10], batch_norm=settings["batch_norm"] is True, rng=np.random.default_rng(0)
+    )
+    nn.save_checkpoint("m", model, nn.SGD(1.0), step=0, seed=0, settings=settings)
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "expected"),
     [
-        ("hidden", "20"),
-        ("hidden", [2.5]),
-        ("activation", "exec"),
-        ("seed", "a"),
-        ("momentum", None),
+        ("hidden", "20", 'expected a list of sizes; got "20"'),
+        ("hidden", [], "expected a list of sizes; got []"),
+        ("hidden", [2.5], "expected a positive integer; got '2.5'"),
+        ("hidden", [-5, 3], "expected a positive integer; got '-5'"),
+        ("hidden", [True], "expected a positive integer; got 'true'"),
+        ("activation", "exec", 'expected one of sigmoid, tanh, relu; got "exec"'),
+        ("activation", ["relu"], 'expected one of sigmoid, tanh, relu; got ["relu"]'),
+        ("dataset", "zzz", 'expected one of digits, mnist; got "zzz"'),
+        ("batch_norm", 1, "expected true or false; got 1"),
+        ("seed", "a", "expected an integer >= 0; got '\"a\"'"),
+        ("seed", -3, "expected an integer >= 0; got '-3'"),
+        ("momentum", None, "expected a number >= 0 and < 1; got 'null'"),
+        ("momentum", 7.0, "expected a number >= 0 and < 1; got '7.0'"),
+        ("learning_rate", float("nan"), "expected a positive number; got 'NaN'"),
+        ("learning_rate", float("inf"), "expected a positive number; got 'Infinity'"),
+        ("batch_size", 0, "expected a positive integer; got '0'"),
     ],
 )
-def test_damaged_settings_in_a_file(capsys, tmp_path, name, value):
-    model = nn.fully_connected([64, 20, 10], rng=np.random.default_rng(0))
-    settings = cli.DEFAULTS | {"hidden": [20], name: value}
-    nn.save_checkpoint("m", model, nn.SGD(1.0), step=0, seed=0, settings=settings)
+def test_damaged_settings_in_a_file(capsys, tmp_path, name, value, expected):
+    saved(**{name: value})
+    message = f"bncpu train: m: its setting of {name} is damaged; {expected}"
+    assert_refused(capsys, tmp_path, ["train", "--load", "m"], message)
+
+
+def test_settings_in_a_file_that_contradict_it(capsys, tmp_path):
     argv = ["train", "--load", "m"]
-    assert_refused(capsys, tmp_path, argv, f"m: its setting of {name} is damaged")
+    saved(batch_size=1)
+    message = "bncpu train: m: its setting of batch_size: batch normalisation needs at least 2"
+    assert_refused(capsys, tmp_path, argv, message)
+    # Arrays of that size are never made on the word of the file, which does not hold them.
+    saved(hidden=[10**7, 10**7])
+    message = "m: another architecture; the weights of linear layer 0 have shape (20, 64) in the "
+    assert_refused(capsys, tmp_path, argv, message)
+
+
+def test_values_in_a_file_that_no_layer_has(capsys, tmp_path):
+    model = nn.fully_connected([64, 20, 10], rng=np.random.default_rng(0))
+    settings = cli.DEFAULTS | {"hidden": [20]}
+    model.layers[1].running_var[3] = -1
+    nn.save_checkpoint("m", model, nn.SGD(1.0), step=0, seed=0, settings=settings)
+    message = "m: does not fit the model; 1.running_var: expected no negative variance"
+    assert_refused(capsys, tmp_path, ["train", "--load", "m"], message)
+    model.layers[1].running_var[3] = 1
+    nn.save_checkpoint("m", model, nn.SGD(1.0), step=10**30, seed=0, settings=settings)
+    message = "m: its description is damaged (step is 1000"
+    assert_refused(capsys, tmp_path, ["train", "--load", "m"], message)
+
+
+@pytest.mark.parametrize("argv", [["info"], ["--help"], [*TRAIN, "--save", "m"]])
+def test_a_reader_that_has_gone_away(tmp_path, argv):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "bncpu", *argv],
+            cwd=tmp_path,
+            # Unbuffered, argparse would hide the error of --help and end with 0.
+            env=os.environ | {"PYTHONUNBUFFERED": ""},
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (141, "")
+    assert (tmp_path / "m").exists() == ("--save" in argv)
+
+
+def test_a_stdout_that_takes_nothing(capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bncpu, "show_config", refuse)
+    assert run("info") == 2
+    assert capsys.readouterr().err == "bncpu info: No space left on device\n"
 
 
 def test_a_diverging_training(capsys, tmp_path):

@@ -101,6 +101,11 @@ def test_missing_folders_and_files(tmp_path, monkeypatch, parts):
         data.load_mnist()
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         data.load_mnist(tmp_path / "nowhere")
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    monkeypatch.setenv("BNCPU_DATA", str(file))
+    with pytest.raises(NotADirectoryError, match="file: is not a folder"):
+        data.load_mnist()
     write(tmp_path, parts)
     (tmp_path / FILES["y_test"]).unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no t10k-labels-idx1-ubyte or .*\.gz"):
@@ -194,10 +199,20 @@ def test_files_that_do_not_belong_together(tmp_path, parts, part, array, message
         data.load_mnist(tmp_path)
 
 
-if "BNCPU_DATA" in os.environ:  # elsewhere the small files above stand for it
+# The files that BNCPU_DATA names, of MNIST or of a set like it, are read too where it is set.
+SOURCES = ["small files", *filter(None, [os.environ.get("BNCPU_DATA")])]
 
-    def test_the_mnist_of_this_machine():
-        mnist = data.load_mnist()
-        assert mnist.x_train.shape == (60_000, 784)
-        assert mnist.x_test.shape == (10_000, 784)
-        assert abs(mnist.x_train.mean(dtype=np.float64) - 0.1307) < 1e-4
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_holds_of_every_set(tmp_path, monkeypatch, parts, source):
+    if source == "small files":
+        write(tmp_path, parts)
+        monkeypatch.setenv("BNCPU_DATA", str(tmp_path))
+    name, x_train, y_train, x_test, y_test = data.load_mnist()
+    assert name == "mnist"
+    assert x_train.shape[1] == x_test.shape[1]
+    for x, y in ((x_train, y_train), (x_test, y_test)):
+        assert (x.dtype, y.dtype) == (np.float32, np.int64)
+        assert x.shape == (len(y), x.shape[1])
+        assert 0 <= x.min() < x.max() <= 1
+        assert 0 <= y.min() < y.max() <= 9

@@ -74,6 +74,10 @@ def test_what_enters_the_sigmoids(rng):
     inputs = experiment.sigmoid_inputs(model, digits.x_test)
     assert inputs.shape == (359, 7)
     assert model.training
+    model.layers[1].eval()
+    experiment.sigmoid_inputs(model, digits.x_test)
+    assert not model.layers[1].training
+    assert model.layers[4].training
     model.eval()
     expected = model.layers[-1].forward(nn.Sigmoid()(inputs))
     np.testing.assert_array_equal(model.forward(digits.x_test), expected)

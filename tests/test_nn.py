@@ -4,11 +4,9 @@ import sys
 
 import numpy as np
 import pytest
-from accuracy import EPS64, assert_same_bits
+from accuracy import assert_close, assert_gradient, assert_same_bits, tolerance
 
 from bncpu import data, nn
-
-STEP = 1e-3
 
 
 def network(**options):
@@ -24,21 +22,6 @@ def assert_same_state(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert_same_bits(a[name], b[name], name)
-
-
-def assert_gradient(got, loss, array):
-    """Compare with differences of fourth order, moving one element of `array` at a time."""
-    expected = np.empty_like(array)
-    for index in np.ndindex(array.shape):
-        kept, values = array[index], []
-        for steps in (-2, -1, 1, 2):
-            array[index] = kept + steps * STEP
-            values.append(loss())
-        array[index] = kept
-        expected[index] = (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * STEP)
-    limit = 1e3 * (STEP**4 + EPS64 / STEP) * (1.0 + np.abs(expected).max())
-    assert got.shape == array.shape
-    assert np.abs(got - expected).max() < limit
 
 
 @pytest.mark.parametrize("kind", ["linear", "linear without bias", "sigmoid", "tanh", "relu"])
@@ -124,12 +107,20 @@ def test_cross_entropy_refuses(logits, labels, error, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"in_features": 0}, ValueError, "in_features: expected a positive int; got 0"),
-        ({"out_features": 2.0}, TypeError, r"out_features: expected an int; got 2\.0"),
+        ({"in_features": 0}, ValueError, "in_features: expected an integer >= 1; got 0"),
+        ({"in_features": True}, TypeError, "in_features: expected an integer; got True"),
+        ({"out_features": 2.0}, TypeError, r"out_features: expected an integer; got 2\.0"),
+        (
+            {"out_features": 10**20},
+            ValueError,
+            r"out_features: expected at most \d+ weights; got 1",
+        ),
         ({"rng": 3}, TypeError, r"rng: expected a numpy\.random\.Generator; got 3"),
         ({"dtype": np.int32}, TypeError, "dtype: expected float32 or float64; got int32"),
         ({"std": -1.0}, ValueError, r"std: expected a finite number >= 0; got -1\.0"),
         ({"std": np.nan}, ValueError, "std: expected a finite number >= 0; got nan"),
+        ({"std": "a"}, TypeError, "std: expected a number; got 'a'"),
+        ({"std": 10**400}, ValueError, "std: expected a number that a float can hold"),
     ],
 )
 def test_linear_refuses_to_be_made(options, error, message):
@@ -249,6 +240,28 @@ def test_a_wrong_state_is_refused_and_nothing_is_loaded(change, message):
     assert_same_state(model.state_dict(), before)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("running_var", [1.0, -2.0, 1.0], r"running_var: expected no negative variance; got -2\.0"),
+        ("num_batches_tracked", -7, "num_batches_tracked: expected a count; got -7"),
+    ],
+)
+def test_a_value_that_only_its_layer_refuses(rng, name, value, message):
+    model = nn.Sequential(nn.Linear(2, 3, bias=False, rng=rng), nn.BatchNorm(3))
+    before = model.state_dict()
+    with pytest.raises(ValueError, match=rf"^1\.{message}"):
+        model.load_state_dict(before | {f"1.{name}": np.array(value)})
+    assert_same_state(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm(3), nn.Sequential(nn.BatchNorm(3))])
+@pytest.mark.parametrize("names", [{}, {"other": np.zeros(3)}])
+def test_missing_and_unknown_names_are_one_kind_of_error(layer, names):
+    with pytest.raises(ValueError, match=r"^state: missing .*weight"):
+        layer.load_state_dict(names)
+
+
 def test_a_layer_that_refuses_late_leaves_nothing_half_loaded(monkeypatch):
     model = network()
     before = model.state_dict()
@@ -275,7 +288,7 @@ def test_sgd_with_momentum_is_the_recursion(rng):
         optimizer.step(layer)
         velocity = 0.9 * velocity + layer.dweight
         weight -= 0.1 * velocity
-        np.testing.assert_allclose(layer.weight, weight, rtol=1e-14)
+        assert_close(layer.weight, weight, limit=tolerance(np.float64, 4), what="weight")
     assert optimizer.velocity.keys() == {"weight"}
 
 
@@ -290,6 +303,16 @@ def test_sgd_refuses():
         nn.SGD(np.nan)
     with pytest.raises(ValueError, match=r"momentum: expected a number in \[0, 1\); got 1"):
         nn.SGD(0.1, 1)
+    for kind, number in (
+        (TypeError, "a"),
+        (TypeError, None),
+        (TypeError, True),
+        (ValueError, 10**400),
+    ):
+        with pytest.raises(kind, match="learning_rate: expected a number"):
+            nn.SGD(number)
+        with pytest.raises(kind, match="momentum: expected a number"):
+            nn.SGD(0.1, number)
     model = network()
     before = model.state_dict()
     with pytest.raises(RuntimeError, match=r"0\.weight: has no gradient; call backward"):
@@ -376,8 +399,31 @@ def test_evaluation_is_inference_in_batches(rng):
     nn.evaluate(model, x, y)
     assert not model.training
     assert not any(layer.training for layer in model.layers)
-    with pytest.raises(ValueError, match="x: expected at least one example"):
+    with pytest.raises(ValueError, match=r"x: expected at least one example; got shape \(0, 6\)"):
         nn.evaluate(model, x[:0], y[:0])
+    for batch_size, error in ((0, ValueError), (2.5, TypeError)):
+        with pytest.raises(error, match="batch_size: expected an integer"):
+            nn.evaluate(model, x, y, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_every_layer_gets_its_own_mode_back(rng, interrupted):
+    frozen, inner = nn.BatchNorm(4), nn.Sequential(nn.Tanh(), nn.BatchNorm(4))
+    model = nn.Sequential(nn.Linear(6, 4, bias=False, rng=rng), frozen, inner)
+    frozen.eval()
+    inner.layers[1].eval()
+    layers = [model, *model.layers, *inner.layers]
+    before = [layer.training for layer in layers]
+    assert before == [True, True, False, True, True, False]
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt), nn.inference(model):
+            raise KeyboardInterrupt
+    else:
+        with nn.inference(model):
+            assert not any(layer.training for layer in layers)
+        x, y = examples(rng, dtype=np.float32)
+        nn.evaluate(model, x, y)
+    assert [layer.training for layer in layers] == before
 
 
 @pytest.mark.parametrize(
@@ -391,6 +437,11 @@ def test_evaluation_is_inference_in_batches(rng):
         ({"epochs": 1, "start": -1}, "start: expected an integer >= 0; got -1"),
         ({"epochs": 1, "every": 0}, "every: expected an integer >= 1; got 0"),
         ({"epochs": 1, "y": np.zeros(3, int)}, r"y: expected one label per example of x \(61\)"),
+        ({"epochs": 1, "y": np.array(3)}, "y: expected one row per example; got an array without"),
+        (
+            {"epochs": 1, "test": (np.zeros((2, 6)), np.zeros(3, int))},
+            r"test\[1\]: expected one label per example of test\[0\] \(2\); got 3",
+        ),
     ],
 )
 def test_fit_refuses_before_any_step(rng, options, message):
@@ -399,6 +450,31 @@ def test_fit_refuses_before_any_step(rng, options, message):
     before = model.state_dict()
     with pytest.raises(ValueError, match=message):
         nn.fit(model, nn.SGD(0.1), x, options.pop("y", y), **options)
+    assert_same_state(model.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 2.5}, r"steps: expected an integer; got 2\.5"),
+        ({"steps": True}, "steps: expected an integer; got True"),
+        ({"epochs": "3"}, "epochs: expected an integer; got '3'"),
+        ({"epochs": 1, "batch_size": 2.5}, r"batch_size: expected an integer; got 2\.5"),
+        ({"epochs": 1, "seed": "3"}, "seed: expected an integer; got '3'"),
+        ({"epochs": 1, "start": None}, "start: expected an integer; got None"),
+        ({"epochs": 1, "every": 0.5}, r"every: expected an integer; got 0\.5"),
+        ({"epochs": 1, "x": [[1.0]]}, "x: expected a NumPy array; got list"),
+        ({"epochs": 1, "y": 3}, "y: expected a NumPy array; got int"),
+        ({"epochs": 1, "test": 3}, "test: expected two arrays, x and y; got int"),
+        ({"epochs": 1, "test": (3, 4)}, r"test\[0\]: expected a NumPy array; got int"),
+    ],
+)
+def test_fit_refuses_other_kinds_before_any_step(rng, options, message):
+    x, y = examples(rng)
+    model = network()
+    before = model.state_dict()
+    with pytest.raises(TypeError, match=message):
+        nn.fit(model, nn.SGD(0.1), options.pop("x", x), options.pop("y", y), **options)
     assert_same_state(model.state_dict(), before)
 
 
@@ -440,6 +516,12 @@ def test_networks_with_and_without_bn_start_from_the_same_weights():
         assert_same_bits(with_bn.layers[a].weight, without.layers[b].weight)
     with pytest.raises(ValueError, match=r"sizes: expected at least an input and an output"):
         nn.fully_connected([3], rng=np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"sizes: expected an integer >= 1; got 0"):
+        nn.fully_connected([3, 0, 2], rng=np.random.default_rng(0))
+    with pytest.raises(TypeError, match=r"sizes: expected an integer; got 2\.5"):
+        nn.fully_connected([3, 2.5, 2], rng=np.random.default_rng(0))
+    with pytest.raises(TypeError, match=r"gain: expected a number; got 'a'"):
+        nn.fully_connected([3, 2, 2], gain="a", rng=np.random.default_rng(0))
 
 
 def test_batch_norm_trains_faster_on_digits():

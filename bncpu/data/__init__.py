@@ -23,8 +23,8 @@ def load(name: str, folder: str | os.PathLike[str] | None = None) -> Dataset:
     ------
     ValueError
         If there is no dataset of that name, or its files are damaged.
-    FileNotFoundError
-        If its files are missing.
+    FileNotFoundError, NotADirectoryError
+        If its files are missing, or `folder` is not a folder.
     """
     if name == "digits":
         return load_digits()

@@ -42,6 +42,8 @@ def load_mnist(folder: str | os.PathLike[str] | None = None) -> Dataset:
     ------
     FileNotFoundError
         If no folder is given, or it or a file is missing.
+    NotADirectoryError
+        If it is something other than a folder.
     ValueError
         If a file is damaged, cut short, too long, or does not belong to the others.
     """
@@ -82,8 +84,10 @@ def find_files(folder: str | os.PathLike[str] | None) -> dict[str, Path]:
             "companions by --data-dir or BNCPU_DATA"
         )
     base = Path(folder)
-    if not base.is_dir():
+    if not base.exists():
         raise FileNotFoundError(f"{base}: no such folder")
+    if not base.is_dir():
+        raise NotADirectoryError(f"{base}: is not a folder")
     found = {}
     for part, name in FILES.items():
         places = [place / f for place in (base, base / "mnist") for f in (name, f"{name}.gz")]

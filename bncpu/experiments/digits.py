@@ -110,10 +110,9 @@ def train(data: Dataset, batch_norm: bool, steps: int, seed: int, progress: bool
 
 def sigmoid_inputs(model: nn.Sequential, x: nn.Array) -> nn.Array:
     """Return what the last hidden layer's sigmoids are given in inference: Wu + b or BN(Wu)."""
-    model.eval()
-    for layer in model.layers[:-2]:
-        x = layer.forward(x)
-    model.train()
+    with nn.inference(model):
+        for layer in model.layers[:-2]:
+            x = layer.forward(x)
     return x
 
 

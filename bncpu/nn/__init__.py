@@ -4,9 +4,10 @@
 layers.py                 Linear, Sigmoid, Tanh, ReLU; Sequential chains them
 losses.py                 SoftmaxCrossEntropy
 optimizers.py             SGD, with momentum
-training.py               fit: batches, steps, records; evaluate
+training.py               fit: batches, steps, records; evaluate, inference
 networks.py               fully_connected: the network of the paper's section 4.1
 checkpoint.py             a training run in a safetensors file, and back, bit for bit
+arguments.py              the checks of numbers that all of these share
 ========================  ===========================================================
 
 The layers take and return NumPy arrays of shape (n, features); `BatchNorm` is the package's own.
@@ -18,7 +19,7 @@ from bncpu.nn.layers import Array, Layer, Linear, ReLU, Sequential, Sigmoid, Tan
 from bncpu.nn.losses import SoftmaxCrossEntropy
 from bncpu.nn.networks import fully_connected
 from bncpu.nn.optimizers import SGD
-from bncpu.nn.training import Record, evaluate, fit, steps_per_epoch
+from bncpu.nn.training import Record, evaluate, fit, inference, steps_per_epoch
 
 __all__ = [
     "SGD",
@@ -37,6 +38,7 @@ __all__ = [
     "evaluate",
     "fit",
     "fully_connected",
+    "inference",
     "read_checkpoint",
     "save_checkpoint",
     "steps_per_epoch",

@@ -7,7 +7,8 @@ parameter's name after "velocity.". Equal runs write equal files, byte for byte.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise, zip_longest
 from typing import Any, NamedTuple
 
 from bncpu.atomic import atomic_write
@@ -18,6 +19,8 @@ from bncpu.nn.optimizers import SGD
 # The description is one JSON text under one key, because safetensors writes keys in random order.
 KEY, VERSION = "bncpu", 1
 VELOCITY = "velocity."
+# Beyond it a float64, such as the step on a figure's axis, can no longer tell a step from the next.
+MAX_STEP = 2**53
 
 
 class Checkpoint(NamedTuple):
@@ -34,6 +37,31 @@ class Checkpoint(NamedTuple):
     settings: dict[str, Any]
     model: dict[str, Array]
     velocity: dict[str, Array]
+
+    def check_sizes(self, sizes: Sequence[int]) -> None:
+        """Refuse a file whose weights are not those of `fully_connected` layers of these sizes.
+
+        No model is needed for it: whoever has the sizes from the file itself should not make
+        arrays that large before knowing that the file holds them.
+
+        Raises
+        ------
+        ValueError
+            If a layer's weights have another shape, or there are more or fewer of them.
+        """
+        # Numbers without leading zeros are in order by length first: 3.weight before 12.weight.
+        names = sorted(
+            (name for name, value in self.model.items() if value.ndim == 2),
+            key=lambda name: (len(name), name),
+        )
+        theirs = [self.model[name].shape for name in names]
+        ours = [(outputs, inputs) for inputs, outputs in pairwise(sizes)]
+        for i, (there, here) in enumerate(zip_longest(theirs, ours)):
+            if there != here:
+                raise ValueError(
+                    f"{self.path}: another architecture; the weights of linear layer {i} have "
+                    f"shape {there or 'none'} in the file and {here or 'none'} in the model"
+                )
 
     def restore(self, model: Sequential, optimizer: SGD) -> None:
         """Load the arrays into a model and an optimizer; on an error neither has changed.
@@ -166,7 +194,8 @@ def _description(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
         )
     for name, kind in (("step", int), ("seed", int), ("architecture", list), ("settings", dict)):
         value = description.get(name)
-        if type(value) is not kind or (kind is int and description[name] < 0):
+        bad = type(value) is not kind or (kind is int and description[name] < 0)
+        if bad or (name == "step" and description[name] > MAX_STEP):
             raise ValueError(f"{path}: its description is damaged ({name} is {value!r:.40})")
     return description
 

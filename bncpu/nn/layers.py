@@ -16,8 +16,11 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bncpu.layer import BatchNorm
+from bncpu.nn.arguments import integer, real
 
 Array = NDArray[Any]
+# Of float64, the dtype in which weights are drawn; NumPy refuses more without naming anybody.
+MAX_WEIGHTS = np.iinfo(np.intp).max // 8
 
 
 class Layer(ABC):
@@ -94,9 +97,11 @@ class Linear(Layer):
     Raises
     ------
     TypeError
-        If `rng` is not a Generator, a size not an int, or `dtype` not a floating one.
+        If `rng` is not a Generator, a size not an integer, `std` not a number, or `dtype` not a
+        floating one.
     ValueError
-        If a size is not positive, or `std` is negative or not finite.
+        If a size is not positive, there are more weights than any memory holds, or `std` is
+        negative or not finite.
     """
 
     def __init__(
@@ -109,23 +114,24 @@ class Linear(Layer):
         std: float | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(size, int | np.integer) or isinstance(size, bool):
-                raise TypeError(f"{name}: expected an int; got {size!r}")
-            if size < 1:
-                raise ValueError(f"{name}: expected a positive int; got {size}")
+        self.in_features = integer("in_features", in_features, 1)
+        self.out_features = integer("out_features", out_features, 1)
+        if self.in_features * self.out_features > MAX_WEIGHTS:
+            raise ValueError(
+                f"out_features: expected at most {MAX_WEIGHTS} weights; got {self.out_features} x "
+                f"{self.in_features}"
+            )
         if not isinstance(rng, np.random.Generator):
             raise TypeError(f"rng: expected a numpy.random.Generator; got {rng!r}")
         if np.dtype(dtype) not in (np.float32, np.float64):
             raise TypeError(f"dtype: expected float32 or float64; got {np.dtype(dtype)}")
-        std = in_features**-0.5 if std is None else std
+        std = self.in_features**-0.5 if std is None else real("std", std)
         if not 0 <= std < np.inf:
             raise ValueError(f"std: expected a finite number >= 0; got {std}")
-        self.in_features, self.out_features = int(in_features), int(out_features)
         # Drawn in float64 whatever the dtype, so that float32 and float64 networks start alike.
-        weight = std * rng.standard_normal((out_features, in_features))
+        weight = std * rng.standard_normal((self.out_features, self.in_features))
         self.weight: Array = weight.astype(dtype)
-        self.bias: Array | None = np.zeros(out_features, dtype) if bias else None
+        self.bias: Array | None = np.zeros(self.out_features, dtype) if bias else None
         self.dweight: Array | None = None
         self.dbias: Array | None = None
         self._x: Array | None = None
@@ -321,13 +327,12 @@ class Sequential(Layer):
     def _load(self, state: Mapping[str, Array]) -> None:
         for i, layer in enumerate(self.layers):
             start = f"{i}."
-            layer.load_state_dict(
-                {
-                    n.removeprefix(start): np.asarray(v)
-                    for n, v in state.items()
-                    if n.startswith(start)
-                }
-            )
+            part = {n.removeprefix(start): v for n, v in state.items() if n.startswith(start)}
+            try:
+                layer.load_state_dict({name: np.asarray(value) for name, value in part.items()})
+            except ValueError as error:
+                # The layer knows its array's name, not its own place.
+                raise ValueError(f"{start}{error}") from error
 
     @staticmethod
     def _gather(parts: list[dict[str, Array]]) -> dict[str, Array]:
@@ -348,6 +353,12 @@ def gradients_of(layer: Layer | BatchNorm) -> dict[str, Array]:
     if isinstance(layer, BatchNorm):
         return present(weight=layer.dgamma, bias=layer.dbeta)
     return layer.gradients()
+
+
+def modes_of(layer: Layer | BatchNorm) -> list[tuple[Layer | BatchNorm, bool]]:
+    """Return a layer and all layers inside it, outermost first, each with its mode."""
+    inside = layer.layers if isinstance(layer, Sequential) else ()
+    return [(layer, layer.training), *(pair for each in inside for pair in modes_of(each))]
 
 
 def present(**arrays: Array | None) -> dict[str, Array]:

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from bncpu.layer import BatchNorm
-from bncpu.nn.layers import Layer, Linear, Sequential, Sigmoid
+from bncpu.nn.arguments import integer, real
+from bncpu.nn.layers import MAX_WEIGHTS, Layer, Linear, Sequential, Sigmoid
 
 
 def fully_connected(
@@ -46,8 +47,12 @@ def fully_connected(
 
     Raises
     ------
+    TypeError
+        If a size is not an integer, or `gain` not a number.
     ValueError
-        If there are fewer than two sizes.
+        If there are fewer than two sizes, or one is not positive.
+    MemoryError
+        If there is no room for the largest weights.
 
     Examples
     --------
@@ -59,6 +64,11 @@ def fully_connected(
     """
     if len(sizes) < 2:
         raise ValueError(f"sizes: expected at least an input and an output; got {list(sizes)}")
+    sizes = [integer("sizes", size, 1) for size in sizes]
+    gain = real("gain", gain)
+    # Room for the largest weights, asked for and given back: what memory cannot hold is refused
+    # now, not after the layers before it have been drawn.
+    np.empty(min(MAX_WEIGHTS, max(inputs * outputs for inputs, outputs in pairwise(sizes))))
     layers: list[Layer | BatchNorm] = []
     for inputs, outputs in pairwise(sizes[:-1]):
         std = gain * inputs**-0.5

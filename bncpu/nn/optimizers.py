@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from bncpu.nn.arguments import real
 from bncpu.nn.layers import Array, Layer, check_state
 
 
@@ -26,15 +27,20 @@ class SGD:
     ----------
     velocity : dict of arrays
         v by the parameter's name; empty before the first step.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a number is none, or out of range.
     """
 
     def __init__(self, learning_rate: float, momentum: float = 0.0) -> None:
-        if not (learning_rate >= 0 and math.isfinite(learning_rate)):
+        self.learning_rate = real("learning_rate", learning_rate)
+        self.momentum = real("momentum", momentum)
+        if not 0 <= self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: expected a finite number >= 0; got {learning_rate}")
-        if not 0 <= momentum < 1:
+        if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: expected a number in [0, 1); got {momentum}")
-        self.learning_rate = float(learning_rate)
-        self.momentum = float(momentum)
         self.velocity: dict[str, Array] = {}
 
     def step(self, model: Layer) -> None:

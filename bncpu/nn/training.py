@@ -8,12 +8,14 @@ stopped after any step goes on exactly as if it had not been.
 import math
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bncpu.nn.layers import Array, Layer
+from bncpu.nn.arguments import integer
+from bncpu.nn.layers import Array, Layer, modes_of
 from bncpu.nn.losses import SoftmaxCrossEntropy
 from bncpu.nn.optimizers import SGD
 
@@ -54,26 +56,53 @@ def batches(n: int, batch_size: int, seed: int, start: int = 0) -> Iterator[NDAr
         epoch, first = epoch + 1, 0
 
 
+@contextmanager
+def inference(model: Layer) -> Iterator[None]:
+    """Put all layers in inference inside a with statement; each gets its own mode back."""
+    before = modes_of(model)
+    model.eval()
+    try:
+        yield
+    finally:
+        for layer, mode in before:
+            layer.train(mode)
+
+
 def evaluate(model: Layer, x: Array, y: Array, *, batch_size: int = 1000) -> float:
     """Return the fraction of rows of x that the model, in inference, gives the label y.
 
+    Every layer is left in the mode in which it was.
+
     Raises
     ------
+    TypeError
+        If x or y is not an array, or `batch_size` not an integer.
     ValueError
-        If there is no row.
+        If there is no row, x and y differ in length, or `batch_size` is not positive.
     """
-    if not len(x):
-        raise ValueError("x: expected at least one example to evaluate")
-    mode = model.training
-    model.eval()
-    try:
-        right = 0
+    batch_size = integer("batch_size", batch_size, 1)
+    check_examples(x, y)
+    right = 0
+    with inference(model):
         for i in range(0, len(x), batch_size):
             logits = model.forward(x[i : i + batch_size])
             right += int(np.count_nonzero(logits.argmax(axis=1) == y[i : i + batch_size]))
-    finally:
-        model.train(mode)
     return right / len(x)
+
+
+def check_examples(x: Array, y: Array, names: tuple[str, str] = ("x", "y")) -> None:
+    """Refuse what is not at least one example with one label for each."""
+    for name, array in zip(names, (x, y), strict=True):
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"{name}: expected a NumPy array; got {type(array).__name__}")
+        if not array.ndim:
+            raise ValueError(f"{name}: expected one row per example; got an array without axes")
+    if not len(x):
+        raise ValueError(f"{names[0]}: expected at least one example; got shape {x.shape}")
+    if len(x) != len(y):
+        raise ValueError(
+            f"{names[1]}: expected one label per example of {names[0]} ({len(x)}); got {len(y)}"
+        )
 
 
 def fit(
@@ -98,7 +127,7 @@ def fit(
     Parameters
     ----------
     model, optimizer
-        Changed in place.
+        Changed in place. All layers of the model are put in training mode.
     x : array, shape (n, ...)
         The training examples, of the model's dtype.
     y : array, shape (n,), integer
@@ -129,29 +158,28 @@ def fit(
 
     Raises
     ------
-    ValueError
-        If a number is out of range or x and y differ in length; before any step.
+    TypeError, ValueError
+        If a number is none or out of range, or x and y are not arrays of one length; before any
+        step.
     FloatingPointError
         If the loss is not finite. No parameter has been changed by that step.
     """
     if (epochs is None) == (steps is None):
         raise ValueError("epochs, steps: expected exactly one of the two")
-    for name, number, low in (
-        ("epochs", epochs, 1),
-        ("steps", steps, 1),
-        ("batch_size", batch_size, 1),
-        ("seed", seed, 0),
-        ("start", start, 0),
-        ("every", every, 1),
-    ):
-        if number is not None and number < low:
-            raise ValueError(f"{name}: expected an integer >= {low}; got {number}")
-    if len(x) != len(y) or not len(x):
-        raise ValueError(f"y: expected one label per example of x ({len(x)}); got {len(y)}")
+    batch_size = integer("batch_size", batch_size, 1)
+    seed, start = integer("seed", seed, 0), integer("start", start, 0)
+    check_examples(x, y)
+    if test is not None:
+        if not isinstance(test, tuple | list) or len(test) != 2:
+            raise TypeError(f"test: expected two arrays, x and y; got {type(test).__name__}")
+        check_examples(*test, names=("test[0]", "test[1]"))
 
     per_epoch = steps_per_epoch(len(x), batch_size)
-    stop = start + (epochs * per_epoch if epochs is not None else steps or 0)
-    every = every or per_epoch
+    if epochs is not None:
+        stop = start + integer("epochs", epochs, 1) * per_epoch
+    else:
+        stop = start + integer("steps", steps, 1)
+    every = per_epoch if every is None else integer("every", every, 1)
     loss = SoftmaxCrossEntropy()
     records: list[Record] = []
     losses: list[float] = []
