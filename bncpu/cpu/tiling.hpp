@@ -97,7 +97,8 @@ inline Plan make_plan(const Grid& grid, int64_t itemsize, int64_t inputs, int64_
     // Channels that one thread can keep to itself: in its L2 (the quarter left is for results,
     // coefficients and the stack), or a few of them in its share of half the L3.
     const int64_t near = l2 * 3 / 4, far = l3 / (2 * threads);
-    int64_t own = std::min(wanted, near / channel_bytes);
+    int64_t own = std::min(wanted, l2 / 2 / channel_bytes);  // the next tile fits beside it
+    if (own < least) own = std::min(wanted, near / channel_bytes);
     if (own < least && least * channel_bytes <= far) own = least;
     if (own > least && ceil_div(shape.channels, own) < threads)
         own = std::max(least, ceil_div(shape.channels, threads));
