@@ -33,4 +33,4 @@ def cache_sizes(folder: Path = _SYSFS) -> CacheSizes:
 
 def _bytes(text: str) -> int:
     text = text.strip()
-    return int(text[:-1]) * _UNITS[text[-1]] if text[-1] in _UNITS else int(text)
+    return int(text[:-1]) * _UNITS[text[-1]] if text[-1:] in _UNITS else int(text)

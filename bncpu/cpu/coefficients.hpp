@@ -57,7 +57,7 @@ struct ChannelCoefficients {
     ChannelCoefficients(const Channels& channels, int64_t c, unsigned fields) {
         coefficients<T>(channels, c, fields, [this](Field f, T v) { value[f] = Vec<T>::all(v); });
     }
-    Vec<T> at(Field field, int64_t) const { return value[field]; }
+    BNCPU_INLINE Vec<T> at(Field field, int64_t) const { return value[field]; }
 };
 
 // Columns form: a channel's value stands in each of its `run` columns.
@@ -71,11 +71,27 @@ struct ColumnCoefficients {
             coefficients<T>(channels, c, fields,
                             [&](Field f, T v) { std::fill_n(value[f] + (c - c0) * run, run, v); });
     }
-    Vec<T> at(Field field, int64_t i) const { return Vec<T>::load(value[field] + i); }
+    BNCPU_INLINE Vec<T> at(Field field, int64_t i) const { return Vec<T>::load(value[field] + i); }
 };
 
+// The coefficients from a column on. In the rows form every column's are the same.
+template <class T>
+const ChannelCoefficients<T>& at_column(const ChannelCoefficients<T>& k, int64_t) {
+    return k;
+}
+template <class T>
+struct FromColumn {
+    const ColumnCoefficients<T>& all;
+    int64_t column;
+    BNCPU_INLINE Vec<T> at(Field field, int64_t i) const { return all.at(field, column + i); }
+};
+template <class T>
+FromColumn<T> at_column(const ColumnCoefficients<T>& k, int64_t column) {
+    return {k, column};
+}
+
 template <class T, class Coefficients>
-inline Vec<T> centred(const Coefficients& k, int64_t i, Vec<T> x, Field mean, Field low) {
+BNCPU_INLINE Vec<T> centred(const Coefficients& k, int64_t i, Vec<T> x, Field mean, Field low) {
     const Vec<T> d = x - k.at(mean, i);
     if constexpr (sizeof(T) == 8)
         return d;  // the low part of a double is zero
@@ -88,7 +104,7 @@ struct Xhat {
     static constexpr unsigned fields = set_of(kMean, kMeanLow, kInvstd);
 
     template <class T, class Coefficients>
-    static Vec<T> value(const Coefficients& k, int64_t i, Vec<T> x) {
+    static BNCPU_INLINE Vec<T> value(const Coefficients& k, int64_t i, Vec<T> x) {
         return centred(k, i, x, kMean, kMeanLow) * k.at(kInvstd, i);
     }
 };
@@ -98,7 +114,7 @@ struct Normalise {
     static constexpr unsigned fields = set_of(kMean, kMeanLow, kScale, kShift);
 
     template <class T, class Coefficients>
-    static Vec<T> value(const Coefficients& k, int64_t i, Vec<T> x) {
+    static BNCPU_INLINE Vec<T> value(const Coefficients& k, int64_t i, Vec<T> x) {
         return fma(centred(k, i, x, kMean, kMeanLow), k.at(kScale, i), k.at(kShift, i));
     }
 };
@@ -109,7 +125,7 @@ struct Gradient {
     static constexpr unsigned fields = set_of(kMean, kMeanLow, kScale, kMeanDy, kMeanDyLow, kSlope);
 
     template <class T, class Coefficients>
-    static Vec<T> value(const Coefficients& k, int64_t i, Vec<T> dy, Vec<T> x) {
+    static BNCPU_INLINE Vec<T> value(const Coefficients& k, int64_t i, Vec<T> dy, Vec<T> x) {
         return fma(centred(k, i, x, kMean, kMeanLow), k.at(kSlope, i),
                    centred(k, i, dy, kMeanDy, kMeanDyLow)) *
                k.at(kScale, i);
@@ -121,7 +137,7 @@ struct FixedGradient {
     static constexpr unsigned fields = set_of(kScale);
 
     template <class T, class Coefficients>
-    static Vec<T> value(const Coefficients& k, int64_t i, Vec<T> dy) {
+    static BNCPU_INLINE Vec<T> value(const Coefficients& k, int64_t i, Vec<T> dy) {
         return dy * k.at(kScale, i);
     }
 };

@@ -1,12 +1,14 @@
 # Every kernels_<level> module; bncpu.cpu chooses one and calls it kernels.
 from typing import Any
 
-from numpy import float32, float64
+from numpy import float32, float64, uint8
 from numpy.typing import NDArray
 
 from bncpu.layout import Geometry
 
+# Of float32, float64, float16, or uint16, which stands for bfloat16.
 _Array = NDArray[Any]
+_Mask = NDArray[uint8]
 _Vector = NDArray[float64]
 
 def moments(
@@ -15,7 +17,10 @@ def moments(
 def train(
     geometry: Geometry,
     x: _Array,
+    residual: _Array | None,
     y: _Array,
+    mask: _Mask | None,
+    relu: bool,
     gamma: _Vector | None,
     beta: _Vector | None,
     eps: float,
@@ -27,7 +32,10 @@ def train(
 def infer(
     geometry: Geometry,
     x: _Array,
+    residual: _Array | None,
     y: _Array,
+    mask: _Mask | None,
+    relu: bool,
     mean: _Vector,
     var: _Vector,
     gamma: _Vector | None,
@@ -40,9 +48,13 @@ def backward(
     x: _Array,
     dy: _Array,
     dx: _Array,
+    dresidual: _Array | None,
+    mask: _Mask | None,
+    relu: bool,
     mean: _Vector,
     invstd: _Vector,
     gamma: _Vector | None,
+    beta: _Vector | None,
     dgamma: _Vector,
     dbeta: _Vector,
     num_threads: int,
@@ -52,9 +64,13 @@ def infer_backward(
     x: _Array,
     dy: _Array,
     dx: _Array,
+    dresidual: _Array | None,
+    mask: _Mask | None,
+    relu: bool,
     mean: _Vector,
     var: _Vector,
     gamma: _Vector | None,
+    beta: _Vector | None,
     eps: float,
     dgamma: _Vector,
     dbeta: _Vector,

@@ -6,16 +6,22 @@ Each function takes a Geometry (bncpu.layout), arrays that fit it, parameters as
 vectors of one value per channel, and a number of threads; it fills the arrays it is given. What is
 checked is checked before (bncpu.arguments): nothing here looks at a shape or raises for one.
 
-A tile is reduced, its channels are finished, and it is mapped to the result while it is in cache.
-Either whole tiles go to threads, or the threads share each tile (tiling.hpp decides); partial sums
+A tile is reduced, its channels are finished, and it is mapped to the result while it is in cache;
+where results leave the caches, while the next tile is reduced. Either whole tiles go to threads, or the threads share each tile (tiling.hpp decides); partial sums
 and the order of merging them depend on the shape alone. Compiled once per instruction level.
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from cython.parallel cimport prange, threadid
+from cpython.buffer cimport (
+    PyBUF_FORMAT,
+    PyBUF_STRIDES,
+    PyBUF_WRITABLE,
+    PyBuffer_Release,
+    PyObject_GetBuffer,
+)
+from cython.parallel cimport prange
 from libc.math cimport sqrt
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport free, malloc
 
 cdef extern from *:
@@ -48,7 +54,7 @@ cdef extern from "tiling.hpp" namespace "bncpu" nogil:
     cdef struct Plan:
         int64_t tile_channels, tiles, unit_channels
         int outer_threads, inner_threads
-        bint stream
+        bint stream, pipelined
 
     Grid make_grid(Shape shape) noexcept
     Plan make_plan(const Grid& grid, int64_t itemsize, int64_t inputs, int64_t passes,
@@ -63,6 +69,13 @@ cdef extern from "coefficients.hpp" namespace "bncpu" nogil:
         double* mean_dy
         double* slope
 
+cdef extern from "storage.hpp" namespace "bncpu" nogil:
+    cdef cppclass Half:
+        pass
+
+    cdef cppclass BFloat16:
+        pass
+
 cdef extern from "items.hpp" namespace "bncpu" nogil:
     cdef struct Sums:
         double first, second
@@ -75,11 +88,13 @@ cdef extern from "items.hpp" namespace "bncpu" nogil:
     cdef cppclass Job[T]:
         Grid grid
         Plan plan
-        View[T] x, dy, out
+        View[T] x, residual, dy, out, dresidual
+        uint8_t* mask
+        bint relu, fixed
         Channels channels
 
     cdef enum Step:
-        kMoments, kParameterGradients, kNormalise, kGradient, kFixedGradient
+        kSum, kMap, kMapAndSum
 
     int64_t items_in[T](const Job[T]& job, int64_t c0, int64_t c1) noexcept
     void run_item[T](Step step, const Job[T]& job, int64_t c0, int64_t c1, int64_t i,
@@ -89,9 +104,14 @@ cdef extern from "items.hpp" namespace "bncpu" nogil:
 
 cdef extern from "streams.hpp" namespace "bncpu" nogil:
     const int64_t kStreamBlock
-    void copy_block[T](const T* a, T* out, int64_t n, bint non_temporal) noexcept
-    void triad_block[T](const T* a, const T* b, T* out, int64_t n, bint non_temporal) noexcept
+    void stream_block[T](const T* a, const T* b, T* out, int64_t n, bint non_temporal) noexcept
     double read_block[T](const T* a, int64_t n) noexcept
+
+ctypedef fused storage:
+    float
+    double
+    Half
+    BFloat16
 
 ctypedef fused real:
     float
@@ -119,15 +139,36 @@ cdef class Buffer:
     cdef int64_t row, channel
 
     def __cinit__(self, array, place, bint writable):
-        PyObject_GetBuffer(array, &self.view, PyBUF_STRIDES | (PyBUF_WRITABLE if writable else 0))
+        PyObject_GetBuffer(array, &self.view, PyBUF_STRIDES | PyBUF_FORMAT
+                           | (PyBUF_WRITABLE if writable else 0))
         self.planes, self.row, self.channel = place
 
     def __dealloc__(self):
         PyBuffer_Release(&self.view)
 
 
-cdef void place(View[real]& view, Buffer buffer, int64_t rows_per_plane) noexcept:
-    view.data = <real*> buffer.view.buf
+cdef class Arrays:
+    """The arrays of one call, None where the operation has none; places in this order."""
+
+    cdef Buffer x, residual, dy, out, dresidual
+
+    def __cinit__(self, geometry, x, residual, dy, out, dresidual):
+        places = iter(geometry.places)
+        self.x = Buffer(x, next(places), False)
+        if residual is not None:
+            self.residual = Buffer(residual, next(places), False)
+        if dy is not None:
+            self.dy = Buffer(dy, next(places), False)
+        if out is not None:
+            self.out = Buffer(out, next(places), True)
+        if dresidual is not None:
+            self.dresidual = Buffer(dresidual, next(places), True)
+
+
+cdef void place(View[storage]& view, Buffer buffer, int64_t rows_per_plane) noexcept:
+    if buffer is None:
+        return
+    view.data = <storage*> buffer.view.buf
     view.planes = NULL
     if buffer.planes is not None:
         view.planes = &buffer.planes[0]
@@ -144,9 +185,11 @@ cdef struct Parameters:
     double* dgamma
     double* dbeta
     double eps
+    uint8_t* mask
+    bint relu
 
 
-cdef void finish_moments(Job[real]& job, Parameters& given, Sums* table, int64_t c, int64_t slot,
+cdef void finish_moments(Job[storage]& job, Parameters& given, Sums* table, int64_t c, int64_t slot,
                          Operation operation) noexcept nogil:
     # Algorithm 1 of the paper, lines 1 and 2; scale and shift are what its line 4 needs.
     cdef Sums moments = merged_moments(job.grid, job.plan, table, slot)
@@ -159,7 +202,7 @@ cdef void finish_moments(Job[real]& job, Parameters& given, Sums* table, int64_t
     prepare_channel(job, given, c)
 
 
-cdef void prepare_channel(Job[real]& job, Parameters& given, int64_t c) noexcept nogil:
+cdef void prepare_channel(Job[storage]& job, Parameters& given, int64_t c) noexcept nogil:
     cdef double invstd
     if given.var != NULL:
         job.channels.invstd[c] = 1 / sqrt(given.var[c] + given.eps)
@@ -168,7 +211,7 @@ cdef void prepare_channel(Job[real]& job, Parameters& given, int64_t c) noexcept
     job.channels.shift[c] = 0 if given.beta == NULL else given.beta[c]
 
 
-cdef void finish_gradients(Job[real]& job, Parameters& given, Sums* table, int64_t c,
+cdef void finish_gradients(Job[storage]& job, Parameters& given, Sums* table, int64_t c,
                            int64_t slot) noexcept nogil:
     cdef Sums sums = merged_gradients(job.grid, job.plan, table, slot)
     cdef double m = <double> job.grid.shape.rows * <double> job.grid.shape.run
@@ -178,7 +221,8 @@ cdef void finish_gradients(Job[real]& job, Parameters& given, Sums* table, int64
     job.channels.slope[c] = -job.channels.invstd[c] * (sums.second / m)
 
 
-cdef void run_items(Step step, Job[real]& job, int64_t c0, int64_t c1, Sums* table) noexcept nogil:
+cdef void run_items(Step step, Job[storage]& job, int64_t c0, int64_t c1,
+                    Sums* table) noexcept nogil:
     # Every item of a tile. The static schedule is the same for every step, so that what a thread
     # has read in one is in its own L2 in the next. One thread enters no parallel region: regions
     # within regions start threads anew, and these loops may already run within one.
@@ -191,30 +235,41 @@ cdef void run_items(Step step, Job[real]& job, int64_t c0, int64_t c1, Sums* tab
             run_item(step, job, c0, c1, i, table)
 
 
-cdef void run_tile(Job[real]& job, Parameters& given, Operation operation, int64_t tile,
-                   Sums* table) noexcept nogil:
-    # One tile: its sums, its channels, its results.
-    cdef int64_t c0 = tile * job.plan.tile_channels
-    cdef int64_t c1 = min(job.grid.shape.channels, c0 + job.plan.tile_channels)
+cdef void finish_tile(Job[storage]& job, Parameters& given, Operation operation, int64_t c0,
+                      int64_t c1, Sums* table) noexcept nogil:
     cdef int64_t c
-    if operation == OPERATION_MOMENTS or operation == OPERATION_TRAIN:
-        run_items(kMoments, job, c0, c1, table)
-        for c in range(c0, c1):
+    for c in range(c0, c1):
+        if operation == OPERATION_MOMENTS or operation == OPERATION_TRAIN:
             finish_moments(job, given, table, c, c - c0, operation)
-    elif operation == OPERATION_BACKWARD or operation == OPERATION_INFER_BACKWARD:
-        run_items(kParameterGradients, job, c0, c1, table)
-        for c in range(c0, c1):
+        else:
             finish_gradients(job, given, table, c, c - c0)
-    if operation == OPERATION_TRAIN or operation == OPERATION_INFER:
-        run_items(kNormalise, job, c0, c1, table)
-    elif operation == OPERATION_BACKWARD:
-        run_items(kGradient, job, c0, c1, table)
-    elif operation == OPERATION_INFER_BACKWARD:
-        run_items(kFixedGradient, job, c0, c1, table)
 
 
-cdef int run(Job[real]& job, Parameters& given, Operation operation, geometry, Buffer x, Buffer dy,
-             Buffer out, int threads) except -1:
+cdef void run_tiles(Job[storage]& job, Parameters& given, Operation operation, int64_t first,
+                    int64_t last, Sums* table) noexcept nogil:
+    # The tiles from first up to last, in turn: sums, channels, results. In a pipeline a tile's
+    # results wait until the next tile is summed (the last one may be narrower: no item of its own
+    # for every item of the one before).
+    cdef int64_t tile, c0, c1, width = job.plan.tile_channels
+    cdef bint waiting = False
+    for tile in range(first, last):
+        c0 = tile * width
+        c1 = min(job.grid.shape.channels, c0 + width)
+        if operation != OPERATION_INFER:
+            if waiting and c1 - c0 == width:
+                run_items(kMapAndSum, job, c0, c1, table)
+            else:
+                if waiting:
+                    run_items(kMap, job, c0 - width, c0, table)
+                run_items(kSum, job, c0, c1, table)
+            finish_tile(job, given, operation, c0, c1, table)
+        waiting = operation != OPERATION_MOMENTS and job.plan.pipelined and tile < last - 1
+        if operation != OPERATION_MOMENTS and not waiting:
+            run_items(kMap, job, c0, c1, table)
+
+
+cdef int run(Job[storage]& job, Parameters& given, Operation operation, geometry, Arrays arrays,
+             double* mean, double* invstd, int threads) except -1:
     cdef int64_t channels = geometry.channels
     cdef int64_t rows_per_plane = geometry.rows_per_plane
     cdef Shape shape
@@ -222,13 +277,15 @@ cdef int run(Job[real]& job, Parameters& given, Operation operation, geometry, B
         geometry.columns, geometry.rows, channels, geometry.run)
     job.grid = make_grid(shape)
     cdef int passes = 1 if operation == OPERATION_MOMENTS or operation == OPERATION_INFER else 2
-    job.plan = make_plan(job.grid, sizeof(real), 1 if dy is None else 2, passes, threads, l2_bytes,
-                         l3_bytes)
-    place(job.x, x, rows_per_plane)
-    if dy is not None:
-        place(job.dy, dy, rows_per_plane)
-    if out is not None:
-        place(job.out, out, rows_per_plane)
+    job.plan = make_plan(job.grid, sizeof(storage), 1 if arrays.dy is None else 2, passes, threads,
+                         l2_bytes, l3_bytes)
+    place(job.x, arrays.x, rows_per_plane)
+    place(job.residual, arrays.residual, rows_per_plane)
+    place(job.dy, arrays.dy, rows_per_plane)
+    place(job.out, arrays.out, rows_per_plane)
+    place(job.dresidual, arrays.dresidual, rows_per_plane)
+    job.mask, job.relu = given.mask, given.relu
+    job.fixed = operation == OPERATION_INFER_BACKWARD
 
     # Five coefficients per channel, then a table of partial sums for every tile under way.
     cdef int64_t table_size = job.grid.parts * job.plan.tile_channels
@@ -237,44 +294,45 @@ cdef int run(Job[real]& job, Parameters& given, Operation operation, geometry, B
     cdef double* memory = <double*> malloc(size)
     if memory == NULL:
         raise MemoryError(f"{size} bytes for partial sums")
-    if job.channels.invstd == NULL:
-        job.channels.invstd = memory
+    job.channels.mean = mean
+    job.channels.invstd = memory if invstd == NULL else invstd
     job.channels.scale = memory + channels
     job.channels.shift = memory + 2 * channels
-    if operation == OPERATION_BACKWARD or operation == OPERATION_INFER_BACKWARD:
-        job.channels.mean_dy = memory + 3 * channels
-        job.channels.slope = memory + 4 * channels
+    job.channels.mean_dy = memory + 3 * channels
+    job.channels.slope = memory + 4 * channels
     cdef Sums* tables = <Sums*> (memory + 5 * channels)
     cdef int outer = job.plan.outer_threads
-    cdef int64_t tile, c
+    cdef int64_t strand, c
     with nogil:
         if operation != OPERATION_MOMENTS and operation != OPERATION_TRAIN:
             for c in range(channels):
                 prepare_channel(job, given, c)
         if outer == 1:
-            for tile in range(job.plan.tiles):
-                run_tile(job, given, operation, tile, tables)
+            run_tiles(job, given, operation, 0, job.plan.tiles, tables)
         else:
-            for tile in prange(job.plan.tiles, num_threads=outer, schedule="static"):
-                run_tile(job, given, operation, tile, tables + threadid() * table_size)
+            for strand in prange(outer, num_threads=outer, schedule="static"):
+                run_tiles(job, given, operation, job.plan.tiles * strand // outer,
+                          job.plan.tiles * (strand + 1) // outer, tables + strand * table_size)
     free(memory)
     return 0
 
 
-cdef int dispatch(Operation operation, geometry, x, dy, out, double* mean, double* invstd,
+cdef int dispatch(Operation operation, geometry, Arrays arrays, double* mean, double* invstd,
                   Parameters& given, int threads) except -1:
-    # To the instance for the arrays' item size; places follow the order x, dy, out.
-    cdef list places = list(geometry.places)
-    cdef Buffer held_x = Buffer(x, places.pop(0), False)
-    cdef Buffer held_dy = None if dy is None else Buffer(dy, places.pop(0), False)
-    cdef Buffer held_out = None if out is None else Buffer(out, places.pop(0), True)
-    cdef Job[float] single
-    cdef Job[double] twice
-    if held_x.view.itemsize == sizeof(float):
-        single.channels = Channels(mean, invstd, NULL, NULL, NULL, NULL)
-        return run(single, given, operation, geometry, held_x, held_dy, held_out, threads)
-    twice.channels = Channels(mean, invstd, NULL, NULL, NULL, NULL)
-    return run(twice, given, operation, geometry, held_x, held_dy, held_out, threads)
+    # To the instance for the values' type, by its buffer format; bfloat16, which has none, comes as
+    # uint16.
+    cdef Job[float] of_float
+    cdef Job[double] of_double
+    cdef Job[Half] of_half
+    cdef Job[BFloat16] of_bfloat16
+    cdef char kind = arrays.x.view.format[0]
+    if kind == b"f":
+        return run(of_float, given, operation, geometry, arrays, mean, invstd, threads)
+    if kind == b"d":
+        return run(of_double, given, operation, geometry, arrays, mean, invstd, threads)
+    if kind == b"e":
+        return run(of_half, given, operation, geometry, arrays, mean, invstd, threads)
+    return run(of_bfloat16, given, operation, geometry, arrays, mean, invstd, threads)
 
 
 cdef inline double* pointer(const double[::1] values) noexcept:
@@ -285,41 +343,68 @@ cdef inline double* pointer(const double[::1] values) noexcept:
     return <double*> &values[0]
 
 
+cdef inline uint8_t* bits(const uint8_t[::1] mask) noexcept:
+    # Backward reads the mask and does not write it.
+    if mask is None:
+        return NULL
+    return <uint8_t*> &mask[0]
+
+
 def moments(geometry, x, double[::1] mean, double[::1] m2, int num_threads):
     """Fill mean and m2 of every channel of x."""
-    cdef Parameters given = Parameters(NULL, NULL, &m2[0], NULL, NULL, 0)
-    dispatch(OPERATION_MOMENTS, geometry, x, None, None, &mean[0], NULL, given, num_threads)
+    cdef Parameters given = Parameters(NULL, NULL, &m2[0], NULL, NULL, 0, NULL, False)
+    cdef Arrays arrays = Arrays(geometry, x, None, None, None, None)
+    dispatch(OPERATION_MOMENTS, geometry, arrays, &mean[0], NULL, given, num_threads)
 
 
-def train(geometry, x, y, const double[::1] gamma, const double[::1] beta, double eps,
-          double[::1] mean, double[::1] var, double[::1] invstd, int num_threads):
-    """Fill y, mean, var (biased) and invstd (Ioffe & Szegedy 2015, Algorithm 1)."""
-    cdef Parameters given = Parameters(pointer(gamma), pointer(beta), &var[0], NULL, NULL, eps)
-    dispatch(OPERATION_TRAIN, geometry, x, None, y, &mean[0], &invstd[0], given, num_threads)
+def train(geometry, x, residual, y, uint8_t[::1] mask, bint relu, const double[::1] gamma,
+          const double[::1] beta, double eps, double[::1] mean, double[::1] var,
+          double[::1] invstd, int num_threads):
+    """Fill y, the mask, mean, var (biased) and invstd (Ioffe & Szegedy 2015, Algorithm 1)."""
+    cdef Parameters given = Parameters(pointer(gamma), pointer(beta), &var[0], NULL, NULL, eps,
+                                       bits(mask), relu)
+    cdef Arrays arrays = Arrays(geometry, x, residual, None, y, None)
+    clear_last(mask)
+    dispatch(OPERATION_TRAIN, geometry, arrays, &mean[0], &invstd[0], given, num_threads)
 
 
-def infer(geometry, x, y, const double[::1] mean, const double[::1] var, const double[::1] gamma,
-          const double[::1] beta, double eps, int num_threads):
-    """Fill y from given statistics (Algorithm 2, line 11)."""
-    cdef Parameters given = Parameters(pointer(gamma), pointer(beta), pointer(var), NULL, NULL, eps)
-    dispatch(OPERATION_INFER, geometry, x, None, y, pointer(mean), NULL, given, num_threads)
+def infer(geometry, x, residual, y, uint8_t[::1] mask, bint relu, const double[::1] mean,
+          const double[::1] var, const double[::1] gamma, const double[::1] beta, double eps,
+          int num_threads):
+    """Fill y and the mask from given statistics (Algorithm 2, line 11)."""
+    cdef Parameters given = Parameters(pointer(gamma), pointer(beta), pointer(var), NULL, NULL, eps,
+                                       bits(mask), relu)
+    cdef Arrays arrays = Arrays(geometry, x, residual, None, y, None)
+    clear_last(mask)
+    dispatch(OPERATION_INFER, geometry, arrays, pointer(mean), NULL, given, num_threads)
 
 
-def backward(geometry, x, dy, dx, const double[::1] mean, const double[::1] invstd,
-             const double[::1] gamma, double[::1] dgamma, double[::1] dbeta, int num_threads):
-    """Fill dx, dgamma and dbeta for batch statistics (section 3, the gradients of Algorithm 1)."""
-    cdef Parameters given = Parameters(pointer(gamma), NULL, NULL, &dgamma[0], &dbeta[0], 0)
-    dispatch(OPERATION_BACKWARD, geometry, x, dy, dx, pointer(mean), pointer(invstd), given,
+cdef inline void clear_last(uint8_t[::1] mask) noexcept:
+    # The bits beyond the last element: no run of elements owns them.
+    if mask is not None:
+        mask[mask.shape[0] - 1] = 0
+
+
+def backward(geometry, x, dy, dx, dresidual, const uint8_t[::1] mask, bint relu,
+             const double[::1] mean, const double[::1] invstd, const double[::1] gamma,
+             const double[::1] beta, double[::1] dgamma, double[::1] dbeta, int num_threads):
+    """Fill dx, dresidual, dgamma and dbeta for batch statistics (section 3, below Algorithm 1)."""
+    cdef Parameters given = Parameters(pointer(gamma), pointer(beta), NULL, &dgamma[0], &dbeta[0],
+                                       0, bits(mask), relu)
+    cdef Arrays arrays = Arrays(geometry, x, None, dy, dx, dresidual)
+    dispatch(OPERATION_BACKWARD, geometry, arrays, pointer(mean), pointer(invstd), given,
              num_threads)
 
 
-def infer_backward(geometry, x, dy, dx, const double[::1] mean, const double[::1] var,
-                   const double[::1] gamma, double eps, double[::1] dgamma, double[::1] dbeta,
+def infer_backward(geometry, x, dy, dx, dresidual, const uint8_t[::1] mask, bint relu,
+                   const double[::1] mean, const double[::1] var, const double[::1] gamma,
+                   const double[::1] beta, double eps, double[::1] dgamma, double[::1] dbeta,
                    int num_threads):
-    """Fill dx, dgamma and dbeta where mean and var are constants."""
-    cdef Parameters given = Parameters(pointer(gamma), NULL, pointer(var), &dgamma[0], &dbeta[0],
-                                       eps)
-    dispatch(OPERATION_INFER_BACKWARD, geometry, x, dy, dx, pointer(mean), NULL, given, num_threads)
+    """Fill dx, dresidual, dgamma and dbeta where mean and var are constants."""
+    cdef Parameters given = Parameters(pointer(gamma), pointer(beta), pointer(var), &dgamma[0],
+                                       &dbeta[0], eps, bits(mask), relu)
+    cdef Arrays arrays = Arrays(geometry, x, None, dy, dx, dresidual)
+    dispatch(OPERATION_INFER_BACKWARD, geometry, arrays, pointer(mean), NULL, given, num_threads)
 
 
 def tile_plan(bint columns, int64_t rows, int64_t channels, int64_t run, *, int64_t itemsize=4,
@@ -342,6 +427,7 @@ def tile_plan(bint columns, int64_t rows, int64_t channels, int64_t run, *, int6
         "outer_threads": plan.outer_threads,
         "inner_threads": plan.inner_threads,
         "stream": bool(plan.stream),
+        "pipelined": bool(plan.pipelined),
     }
 
 
@@ -375,10 +461,7 @@ cdef void stream(const real* a, const real* b, real* out, int64_t n, bint non_te
                     use_threads_if=threads > 1, schedule="static"):
         begin = i * kStreamBlock
         size = min(kStreamBlock, n - begin)
-        if b == NULL:
-            copy_block(a + begin, out + begin, size, non_temporal)
-        else:
-            triad_block(a + begin, b + begin, out + begin, size, non_temporal)
+        stream_block(a + begin, b if b == NULL else b + begin, out + begin, size, non_temporal)
 
 
 def stream_copy(const real[::1] src, real[::1] dst, int num_threads, *, bint non_temporal=True):

@@ -1,5 +1,6 @@
 // One SIMD vector type, the width of the level this file is compiled for. Every instruction-set
-// conditional of the kernels is in this file; the loops above it are written once.
+// conditional of the kernels is in this file, save for the conversions of 16-bit types in
+// storage.hpp; the loops above them are written once.
 //
 // Arithmetic is the compiler's own vector extension, so +, - and * need no spelling per level. What
 // the extension cannot say is spelled out: partial loads and stores, fused multiply-add, stores
@@ -11,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -35,6 +37,21 @@
 #define BNCPU_SSE2 1
 #elif defined(__GNUC__) && defined(__aarch64__)
 #define BNCPU_NEON 1
+#endif
+
+// For what a loop must take in whole: only then do its values stay in registers.
+#if defined(__GNUC__)
+#define BNCPU_INLINE inline __attribute__((always_inline))
+#else
+#define BNCPU_INLINE __forceinline
+#endif
+
+// The functions that hold the hot loops keep their names in the compiled module: one call for some
+// thousand values costs nothing, and what became of each loop can be looked up.
+#if defined(__GNUC__)
+#define BNCPU_HOT __attribute__((noinline))
+#else
+#define BNCPU_HOT __declspec(noinline)
 #endif
 
 namespace bncpu {
@@ -87,13 +104,10 @@ struct Vec {
         else
             return {(type)_mm512_mask_loadu_pd((__m512d)rest.v, (__mmask8)((1u << n) - 1), p)};
 #elif defined(BNCPU_AVX2)
-        const __m256i mask = first(n);
         if constexpr (sizeof(T) == 4)
-            return {
-                (type)_mm256_blendv_ps((__m256)rest.v, _mm256_maskload_ps(p, mask), (__m256)mask)};
+            return Vec{(type)_mm256_maskload_ps(p, lanes_before(n))}.first(n, rest);
         else
-            return {(type)_mm256_blendv_pd((__m256d)rest.v, _mm256_maskload_pd(p, mask),
-                                           (__m256d)mask)};
+            return Vec{(type)_mm256_maskload_pd(p, lanes_before(n))}.first(n, rest);
 #else
         for (int i = 0; i < lanes - 1; ++i)
             if (i < n) rest.v[i] = p[i];
@@ -111,9 +125,9 @@ struct Vec {
             _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
 #elif defined(BNCPU_AVX2)
         if constexpr (sizeof(T) == 4)
-            _mm256_maskstore_ps(p, first(n), (__m256)v);
+            _mm256_maskstore_ps(p, lanes_before(n), (__m256)v);
         else
-            _mm256_maskstore_pd(p, first(n), (__m256d)v);
+            _mm256_maskstore_pd(p, lanes_before(n), (__m256d)v);
 #else
         for (int i = 0; i < lanes - 1; ++i)
             if (i < n) p[i] = v[i];
@@ -134,26 +148,37 @@ struct Vec {
 #endif
     }
 
-    // Sum of the lanes, in double, always in the same order.
-    double sum() const {
-#if defined(__GNUC__)
-        typedef double wide __attribute__((vector_size(lanes * sizeof(double))));
-        const wide part_v = __builtin_convertvector(v, wide);
-        double part[lanes];
-        std::memcpy(part, &part_v, sizeof part);
+    // The first n lanes of this (0 < n < lanes), the others of `rest`.
+    Vec first(int64_t n, Vec rest) const {
+#if defined(BNCPU_AVX512)
+        if constexpr (sizeof(T) == 4)
+            return {
+                (type)_mm512_mask_mov_ps((__m512)rest.v, (__mmask16)((1u << n) - 1), (__m512)v)};
+        else
+            return {
+                (type)_mm512_mask_mov_pd((__m512d)rest.v, (__mmask8)((1u << n) - 1), (__m512d)v)};
+#elif defined(BNCPU_AVX2)
+        if constexpr (sizeof(T) == 4)
+            return {(type)_mm256_blendv_ps((__m256)rest.v, (__m256)v, (__m256)lanes_before(n))};
+        else
+            return {(type)_mm256_blendv_pd((__m256d)rest.v, (__m256d)v, (__m256d)lanes_before(n))};
 #else
-        double part[lanes];
-        for (int i = 0; i < lanes; ++i) part[i] = (double)v[i];
+        for (int i = 0; i < lanes - 1; ++i)
+            if (i < n) rest.v[i] = v[i];
+        return rest;
 #endif
-        for (int width = lanes / 2; width > 0; width /= 2)
-            for (int i = 0; i < width; ++i) part[i] += part[i + width];
-        return part[0];
     }
+
+    // Sum of the lanes, in double, always in the same order.
+    double sum() const { return wide().sum(); }
+
+    // The lanes as double.
+    auto wide() const;
 
 #if defined(BNCPU_AVX2)
    private:
     // All bits of the first n lanes.
-    static __m256i first(int64_t n) {
+    static __m256i lanes_before(int64_t n) {
         if constexpr (sizeof(T) == 4)
             return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n),
                                       _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -162,6 +187,64 @@ struct Vec {
     }
 #endif
 };
+
+// As many doubles as a vector of T has lanes.
+template <class T>
+struct Wide {
+    static constexpr int lanes = Vec<T>::lanes;
+#if defined(__GNUC__)
+    typedef double type __attribute__((vector_size(lanes * sizeof(double))));
+    type v = {};
+#else
+    double v[lanes] = {};
+#endif
+
+    void add(const Wide& other) {
+#if defined(__GNUC__)
+        v += other.v;
+#else
+        for (int i = 0; i < lanes; ++i) v[i] += other.v[i];
+#endif
+    }
+
+    double sum() const {
+        double part[lanes];
+        std::memcpy(part, &v, sizeof part);
+        return tree<lanes>(part);
+    }
+
+   private:
+    // The first n values, halves upon halves.
+    template <int n>
+    static double tree(const double* part) {
+#if defined(__GNUC__)
+        if constexpr (n * sizeof(double) > 16) {
+            typedef double half __attribute__((vector_size(n / 2 * sizeof(double))));
+            half low, high;
+            std::memcpy(&low, part, sizeof low);
+            std::memcpy(&high, part + n / 2, sizeof high);
+            low += high;
+            return tree<n / 2>((const double*)&low);
+        }
+#endif
+        double sums[n];
+        std::memcpy(sums, part, sizeof sums);
+        for (int width = n / 2; width > 0; width /= 2)
+            for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+        return sums[0];
+    }
+};
+
+template <class T>
+inline auto Vec<T>::wide() const {
+    Wide<T> r;
+#if defined(__GNUC__)
+    r.v = __builtin_convertvector(v, typename Wide<T>::type);
+#else
+    for (int i = 0; i < lanes; ++i) r.v[i] = (double)v[i];
+#endif
+    return r;
+}
 
 #if defined(__GNUC__)
 template <class T>
@@ -215,6 +298,79 @@ inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
         return {(type)vfmaq_f64((float64x2_t)c.v, (float64x2_t)a.v, (float64x2_t)b.v)};
 #else
     return a * b + c;
+#endif
+}
+
+// ---- Gates: what passes where a value is positive
+// ------------------------------------------------
+
+// The lesser lanes replaced: floor > v ? floor : v, so that NaN stays NaN.
+template <class T>
+inline Vec<T> at_least(Vec<T> floor, Vec<T> v) {
+#if defined(__GNUC__)
+    return {floor.v > v.v ? floor.v : v.v};
+#else
+    for (int i = 0; i < Vec<T>::lanes; ++i) v.v[i] = floor.v[i] > v.v[i] ? floor.v[i] : v.v[i];
+    return v;
+#endif
+}
+
+// v where `sign` is above the limit or NaN, 0 elsewhere.
+template <class T>
+inline Vec<T> where_above(Vec<T> sign, Vec<T> limit, Vec<T> v) {
+#if defined(__GNUC__)
+    return {sign.v <= limit.v ? Vec<T>::all(0).v : v.v};
+#else
+    for (int i = 0; i < Vec<T>::lanes; ++i) v.v[i] = sign.v[i] <= limit.v[i] ? (T)0 : v.v[i];
+    return v;
+#endif
+}
+
+// One bit per lane, the first lane's the lowest: whether `sign` is above the limit or NaN.
+template <class T>
+inline uint32_t bits_above(Vec<T> sign, Vec<T> limit) {
+#if defined(BNCPU_AVX512)
+    if constexpr (sizeof(T) == 4)
+        return _mm512_cmp_ps_mask((__m512)sign.v, (__m512)limit.v, _CMP_NLE_UQ);
+    else
+        return _mm512_cmp_pd_mask((__m512d)sign.v, (__m512d)limit.v, _CMP_NLE_UQ);
+#elif defined(BNCPU_AVX2)
+    if constexpr (sizeof(T) == 4)
+        return (uint32_t)_mm256_movemask_ps(
+            _mm256_cmp_ps((__m256)sign.v, (__m256)limit.v, _CMP_NLE_UQ));
+    else
+        return (uint32_t)_mm256_movemask_pd(
+            _mm256_cmp_pd((__m256d)sign.v, (__m256d)limit.v, _CMP_NLE_UQ));
+#elif defined(BNCPU_SSE2)
+    if constexpr (sizeof(T) == 4)
+        return (uint32_t)_mm_movemask_ps(_mm_cmpnle_ps((__m128)sign.v, (__m128)limit.v));
+    else
+        return (uint32_t)_mm_movemask_pd(_mm_cmpnle_pd((__m128d)sign.v, (__m128d)limit.v));
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < Vec<T>::lanes; ++i) bits |= (uint32_t)!(sign.v[i] <= limit.v[i]) << i;
+    return bits;
+#endif
+}
+
+// v where the lane's bit is set, 0 elsewhere.
+template <class T>
+inline Vec<T> where_set(uint32_t bits, Vec<T> v) {
+#if defined(BNCPU_AVX512)
+    if constexpr (sizeof(T) == 4)
+        return {(typename Vec<T>::type)_mm512_maskz_mov_ps((__mmask16)bits, (__m512)v.v)};
+    else
+        return {(typename Vec<T>::type)_mm512_maskz_mov_pd((__mmask8)bits, (__m512d)v.v)};
+#elif defined(__GNUC__)
+    using word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+    typedef word words __attribute__((vector_size(BNCPU_VECTOR_BYTES)));
+    words lane;
+    for (int i = 0; i < Vec<T>::lanes; ++i) lane[i] = (word)1 << i;
+    return {(((word)bits + words{}) & lane) != 0 ? v.v : Vec<T>::all(0).v};
+#else
+    for (int i = 0; i < Vec<T>::lanes; ++i)
+        if (!(bits >> i & 1)) v.v[i] = 0;
+    return v;
 #endif
 }
 

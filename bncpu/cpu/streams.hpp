@@ -8,15 +8,24 @@ namespace {
 
 constexpr int64_t kStreamBlock = 65536;  // elements that one thread takes at a time
 
+// out = a, or a + b.
 template <class T>
-void copy_block(const T* a, T* out, int64_t n, bool non_temporal) {
-    map_row(non_temporal, out, n, [](int64_t, Vec<T> v) { return v; }, a);
-    if (non_temporal) store_fence();
-}
+struct Stream {
+    T* out;
+    const T *a, *b;
+
+    template <class Load>
+    Vec<T> value(int64_t, int, Load load_at) const {
+        const Vec<T> none = Vec<T>::all(0);
+        return b == nullptr ? load_at(a, none) : load_at(a, none) + load_at(b, none);
+    }
+    void prefetch_ahead(int64_t) {}
+    void finish() {}
+};
 
 template <class T>
-void triad_block(const T* a, const T* b, T* out, int64_t n, bool non_temporal) {
-    map_row(non_temporal, out, n, [](int64_t, Vec<T> v, Vec<T> w) { return v + w; }, a, b);
+void stream_block(const T* a, const T* b, T* out, int64_t n, bool non_temporal) {
+    map_row<T>(non_temporal, Stream<T>{out, a, b}, n);
     if (non_temporal) store_fence();
 }
 
@@ -24,9 +33,9 @@ template <class T>
 double read_block(const T* a, int64_t n) {
     Accumulators<T> total;
     fold_row(
-        total, n, [](int64_t, auto& to, Vec<T> v) { to.first = to.first + v; },
+        total, n, [](int64_t, int, auto& to, Vec<T> v) { to.first = to.first + v; },
         Row<T>{a, Vec<T>::all(0)});
-    return total.first();
+    return total.first().sum();
 }
 
 }  // namespace

@@ -15,11 +15,12 @@
 namespace bncpu {
 namespace {
 
-// Values summed in the array's own precision before they are flushed to double: 8 kB of float32,
-// so that the second of the two passes over a piece finds it in L1.
+// Values summed in the precision of the arithmetic before they are flushed to double: few enough
+// that not even errors of one sign (as repeated values make them) show in float32.
 constexpr int64_t kPieceValues = 2048;
-// The same for the columns form, in rows: few enough for float32, many enough that the flush,
-// which costs about ten operations in double per column, does not show.
+constexpr int64_t kWholeVectors = 64;
+// The same in rows, where every row ends in the same few sums: few enough for float32, many enough
+// that the flush, which costs about ten operations in double per column, does not show.
 constexpr int64_t kPieceRows = 128;
 // Columns handled at once: six coefficient and sum arrays of this length stay in L1.
 constexpr int64_t kColumns = 1024;
@@ -45,9 +46,12 @@ struct Grid {
     Shape shape;
     int64_t piece_rows;  // rows in a piece
     int64_t segments;    // pieces that one long run is cut into (rows form)
+    int64_t segment;     // values of each but the last
     int64_t pieces;      // per channel
     int64_t parts;       // per channel
     bool whole_rows;     // whether a part holds all segments of its rows
+    // Parts are the same number of steps, but for the first few, which have one more.
+    int64_t step, steps, longer_parts;  // pieces in a step, steps in a part
 };
 
 struct Plan {
@@ -56,24 +60,31 @@ struct Plan {
     int outer_threads;             // threads that take whole tiles ...
     int inner_threads;             // ... or threads that share each tile; one of the two is 1
     bool stream;                   // results bypass the caches
-    bool prefetch_next;            // two tiles fit a core's L2
+    bool pipelined;                // a tile is summed while the one before it is mapped
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline Grid make_grid(Shape shape) {
-    Grid grid{shape, 1, 1, 0, 0, true};
+    Grid grid{shape, 1, 1, shape.run, 0, 0, true, 1, 0, 0};
     if (shape.columns) {
         grid.piece_rows = kPieceRows;
     } else if (shape.run > kPieceValues) {
-        grid.segments = ceil_div(shape.run, kPieceValues);
+        // As even as whole vectors of any level allow.
+        const int64_t least = ceil_div(shape.run, ceil_div(shape.run, kPieceValues));
+        grid.segment = ceil_div(least, kWholeVectors) * kWholeVectors;
+        grid.segments = ceil_div(shape.run, grid.segment);
     } else {
-        grid.piece_rows = kPieceValues / shape.run;
+        grid.piece_rows = std::min(kPieceRows, kPieceValues / shape.run);
     }
     const int64_t groups = ceil_div(shape.rows, grid.piece_rows);
     grid.pieces = groups * grid.segments;
     grid.whole_rows = groups >= kRowParts;
-    grid.parts = std::min(grid.whole_rows ? groups : grid.pieces, kParts);
+    grid.step = grid.whole_rows ? grid.segments : 1;
+    const int64_t steps = grid.pieces / grid.step;
+    grid.parts = std::min(steps, kParts);
+    grid.steps = steps / grid.parts;
+    grid.longer_parts = steps % grid.parts;
     return grid;
 }
 
@@ -131,8 +142,7 @@ inline Plan make_plan(const Grid& grid, int64_t itemsize, int64_t inputs, int64_
     // short rows would leave partial lines behind.
     plan.stream =
         (inputs + 1) * total_bytes / inputs > l3 && (shape.columns || run_bytes >= kShortRunBytes);
-    plan.prefetch_next = passes == 2 && plan.inner_threads == 1 && plan.tiles > threads &&
-                         2 * plan.tile_channels * channel_bytes <= l2;
+    plan.pipelined = passes == 2 && plan.stream && plan.tiles > plan.outer_threads;
     return plan;
 }
 

@@ -1,0 +1,71 @@
+// The mask: one bit per element, in the order of the elements in memory, the lowest bit of a byte
+// first. A run of elements may begin and end within a byte that other threads write too.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "simd.hpp"
+
+namespace bncpu {
+namespace {
+
+// Writes the bits of one run, from bit `begin` of the mask on.
+class BitWriter {
+   public:
+    BNCPU_INLINE BitWriter(uint8_t* mask, int64_t begin)
+        : next(mask + begin / 8), first(begin % 8), used(first) {}
+
+    // The next n bits (at most 16), which are the lowest of `bits`; those above are ignored.
+    BNCPU_INLINE void put(uint32_t bits, int n) {
+        word |= (uint64_t)(bits & ((1u << n) - 1)) << used;
+        used += n;
+        if (used >= 32) flush(4);
+    }
+
+    // To be called once, after the last bits.
+    BNCPU_INLINE void finish() {
+        flush(used / 8);
+        if (used > 0) share((1u << used) - (1u << first));
+    }
+
+   private:
+    uint8_t* next;
+    int64_t first;  // bits of the next byte that belong to the run before
+    int64_t used;
+    uint64_t word = 0;
+
+    BNCPU_INLINE void flush(int64_t bytes) {
+        if (bytes == 0) return;
+        int64_t whole = 0;
+        if (first > 0) {
+            share(0xffu & ~((1u << first) - 1));
+            whole = 1;
+        }
+        for (; whole < bytes; ++whole) next[whole] = (uint8_t)(word >> 8 * whole);
+        next += bytes;
+        word >>= 8 * bytes;
+        used -= 8 * bytes;
+    }
+
+    // Sets and clears the bits of the next byte that are `ours`, and leaves the others.
+    BNCPU_INLINE void share(uint32_t ours) {
+        auto* byte = reinterpret_cast<std::atomic<uint8_t>*>(next);
+        byte->fetch_and((uint8_t)~(ours & ~word), std::memory_order_relaxed);
+        byte->fetch_or((uint8_t)(ours & word), std::memory_order_relaxed);
+        first = 0;
+    }
+};
+
+// Bits [begin, begin + n) of the mask, n at most 16. Touches no byte beyond them.
+BNCPU_INLINE uint32_t read_bits(const uint8_t* mask, int64_t begin, int n) {
+    const uint8_t* p = mask + begin / 8;
+    const int shift = (int)(begin % 8);
+    uint32_t word = p[0];
+    if (shift + n > 8) word |= (uint32_t)p[1] << 8;
+    if (shift + n > 16) word |= (uint32_t)p[2] << 16;
+    return word >> shift;
+}
+
+}  // namespace
+}  // namespace bncpu
