@@ -1,4 +1,4 @@
-"""The door: what a user passes becomes one checked problem, or an error that says what was wrong.
+"""The door: what a user passes becomes checked arguments, or an error that says what was wrong.
 
 Every TypeError and ValueError of the public functions is raised here (or in backends, for the kind
 of an array, and threads, for num_threads), before anything is written. Messages name the argument,
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bncpu.backends import as_numpy
-from bncpu.layout import Geometry, geometry
+from bncpu.backends import as_numpy, is_bfloat16
+from bncpu.memory import overlap, overlaps_itself, same
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
+FLOAT16 = np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
 FLOAT64 = np.dtype(np.float64)
-# numpy.shares_memory is exact and can take exponential time; this much work decides all but
-# contrived views, and those are refused.
-_OVERLAP_WORK = 10_000
+UINT8 = np.dtype(np.uint8)
 
 
 class Channels(NamedTuple):
@@ -41,11 +40,12 @@ class Channels(NamedTuple):
 
 
 def data(name: str, array: Any) -> Array:
-    """Return x as an ndarray of float32 or float64 with at least one dimension."""
+    """Return x as an ndarray of floats of 16, 32 or 64 bits with at least one dimension."""
     x = as_numpy(name, array)
-    if x.dtype != FLOAT32 and x.dtype != FLOAT64:
+    if x.dtype not in (FLOAT32, FLOAT64, FLOAT16) and not is_bfloat16(x.dtype):
         raise TypeError(
-            f"{name}: expected dtype float32 or float64; got {x.dtype}; {_cast(name, x)}"
+            f"{name}: expected dtype float32, float64, float16 or bfloat16; got {x.dtype}; "
+            f"{_cast(name, x)}"
         )
     if x.ndim == 0:
         raise ValueError(f"{name}: expected at least one dimension, the channels; got a 0-d array")
@@ -54,7 +54,8 @@ def data(name: str, array: Any) -> Array:
 
 def channels(x: Array, axis: Any) -> Channels:
     """Return the channel axes of x that `axis` (an int or a tuple of ints) names."""
-    return _channels(x.shape, axis_numbers(axis))
+    # The common case first: this is a good part of what a call on a small array takes.
+    return _channels(x.shape, (axis,) if type(axis) is int else axis_numbers(axis))
 
 
 def axis_numbers(axis: Any) -> tuple[int, ...]:
@@ -108,11 +109,16 @@ def parameter(
     return values
 
 
+def parameter_dtype(x: Array) -> np.dtype[Any]:
+    """Return the dtype of gamma, beta and their gradients: what x is computed in."""
+    return FLOAT64 if x.dtype == FLOAT64 else FLOAT32
+
+
 def affine(name: str, array: Any, x: Array, over: Channels) -> NDArray[np.float64] | None:
-    """Return gamma or beta as a float64 vector, None for None; its dtype must be x's."""
+    """Return gamma or beta as a float64 vector, None for None."""
     if array is None:
         return None
-    return vector(parameter(name, array, x, over, (x.dtype,)))
+    return vector(parameter(name, array, x, over, (parameter_dtype(x),)))
 
 
 def statistic(name: str, array: Any, x: Array, over: Channels) -> NDArray[np.float64]:
@@ -122,7 +128,8 @@ def statistic(name: str, array: Any, x: Array, over: Channels) -> NDArray[np.flo
 
 def vector(values: Array) -> NDArray[np.float64]:
     """Return the values as a contiguous float64 vector, the same memory where that is possible."""
-    return np.ascontiguousarray(values, dtype=np.float64).reshape(-1)
+    row = values.astype(FLOAT64, order="C", copy=False)
+    return row if row.ndim == 1 else row.reshape(-1)
 
 
 def variance(name: str, array: Any, x: Array, over: Channels) -> NDArray[np.float64]:
@@ -134,7 +141,7 @@ def variance(name: str, array: Any, x: Array, over: Channels) -> NDArray[np.floa
 
 def no_negative(name: str, var: NDArray[np.float64]) -> None:
     """Refuse a variance that is negative anywhere."""
-    if (var < 0).any():
+    if np.count_nonzero(var < 0):
         at = int(np.argmax(var < 0))
         raise ValueError(
             f"{name}: expected no negative variance; got {var.flat[at]} in channel {at}"
@@ -191,17 +198,12 @@ def running(
     for name, array in (("running_mean", mean), ("running_var", var)):
         if array is None:
             raise ValueError(f"{name}: expected an array, since the other running statistic is one")
-    apart = [(name, as_numpy(name, array)) for name, array in others if array is not None]
     for name, array in (("running_mean", mean), ("running_var", var)):
         values = parameter(name, array, x, over, (FLOAT64, FLOAT32))
-        _writeable(name, values)
-        if _overlaps_itself(values):
-            raise ValueError(f"{name}: its elements overlap one another in memory")
-        for other, memory in apart:
-            if overlap(values, memory):
-                raise ValueError(f"{name}: shares memory with {other}, which it would overwrite")
-        apart.append((name, values))
-    return apart[-2][1], apart[-1][1]
+        _written(name, values)
+        _apart(name, values, others)
+        others = [*others, (name, values)]
+    return others[-2][1], others[-1][1]
 
 
 def real(name: str, value: Any) -> float:
@@ -235,48 +237,121 @@ def momentum_weight(value: Any) -> float:
 
 
 def same_as_x(name: str, array: Any, x: Array) -> Array:
-    """Return an array that must have x's shape and dtype (dy)."""
+    """Return an array that must have x's shape and dtype (dy, residual)."""
     values = as_numpy(name, array)
-    _matches(name, values, x)
+    _matches(name, values, x, is_read=True)
     return values
 
 
+def is_relu(activation: Any) -> bool:
+    """Return whether there is an activation."""
+    if activation is None:
+        return False
+    if not isinstance(activation, str):
+        raise TypeError(f'activation: expected None or "relu"; got {type(activation).__name__}')
+    if activation != "relu":
+        raise ValueError(f'activation: expected None or "relu"; got "{activation}"')
+    return True
+
+
+def mask(array: Any, x: Array, relu: bool) -> Array | None:
+    """Return a mask, of one bit per element of x, None for None."""
+    if array is None:
+        return None
+    bits = as_numpy("mask", array)
+    if not relu:
+        raise ValueError(
+            'mask: holds where ReLU lets pass, and there is no activation; pass activation="relu", '
+            "or no mask"
+        )
+    if bits.dtype != UINT8:
+        raise TypeError(f"mask: expected dtype uint8, 8 elements of x in each; got {bits.dtype}")
+    shape = ((x.size + 7) // 8,)
+    if bits.shape != shape:
+        raise ValueError(
+            f"mask: expected shape {shape}, one bit per element of x {x.shape}; got {bits.shape}"
+        )
+    if not bits.flags.c_contiguous:
+        raise ValueError(
+            f"mask: expected a contiguous array; got strides {bits.strides}; "
+            f"make one with numpy.empty({shape[0]}, numpy.uint8)"
+        )
+    return bits
+
+
+def filled_mask(
+    array: Any, x: Array, relu: bool, others: Sequence[tuple[str, Any]]
+) -> Array | None:
+    """Return a mask that can be written, since it shares memory with none of the others."""
+    bits = mask(array, x, relu)
+    if bits is not None:
+        _written("mask", bits)
+        _apart("mask", bits, others)
+    return bits
+
+
 def output(
-    out: Any, x: Array, inputs: Sequence[tuple[str, Array | None]], may_be: str | None
+    out: Any,
+    x: Array,
+    others: Sequence[tuple[str, Array | None]],
+    may_be: Sequence[str] = (),
+    name: str = "out",
 ) -> Array:
-    """Return the array for the result: a new one in x's memory order, or the checked out.
+    """Return the array for a result: a new one in x's memory order, or the checked out.
 
     Parameters
     ----------
-    inputs
-        The arrays that are read while out is written, by name; None for one not given.
+    others
+        The arrays that are read or written besides, by name; None for one not given.
     may_be
-        The one of them that out may be, element for element; None for none.
+        Those of them that out may be, element for element.
     """
     if out is None:
         return np.empty_like(x, subok=False)
-    result = as_numpy("out", out)
-    _matches("out", result, x)
-    _writeable("out", result)
-    if _overlaps_itself(result):
-        raise ValueError("out: its elements overlap one another in memory")
-    for name, array in inputs:
-        if array is None or (name == may_be and _same_memory(result, array)):
+    result = as_numpy(name, out)
+    _matches(name, result, x, is_read=False)
+    _written(name, result)
+    for other, array in others:
+        if array is None or (other in may_be and same(result, array)):
             continue
         if overlap(result, array):
-            remedy = f"; pass {name} itself, or memory of its own" if name == may_be else ""
-            raise ValueError(f"out: overlaps {name}, which is still to be read{remedy}")
+            remedy = f"; pass {other} itself, or memory of its own" if other in may_be else ""
+            raise ValueError(f"{name}: overlaps {other}, which it would overwrite{remedy}")
     return result
 
 
-def overlap(a: Array, b: Array) -> bool:
-    """Return whether two arrays share an element's memory, or cannot be shown not to."""
-    if not np.may_share_memory(a, b):
-        return False
-    try:
-        return np.shares_memory(a, b, max_work=_OVERLAP_WORK)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True
+def residual_gradient(
+    residual: Any,
+    x: Array,
+    dy: Array,
+    dx: Array,
+    relu: bool,
+    mask: Array | None,
+    others: Sequence[tuple[str, Array | None]],
+) -> Array | None:
+    """Return the array for dresidual, None if it is not wanted.
+
+    Parameters
+    ----------
+    residual
+        Whether it is wanted, or the array for it.
+    others
+        The arrays that are read, as for `output`.
+    """
+    if isinstance(residual, bool | np.bool_):
+        if not residual:
+            return None
+        residual = None
+    elif residual is None:
+        raise TypeError("residual: expected False, True or an array for dresidual; got None")
+    if relu and mask is None:
+        raise ValueError(
+            "mask: needed for the gradient of a residual before ReLU, whose sign x alone does not "
+            "tell; pass the mask that the forward filled"
+        )
+    if residual is None and not relu and not overlap(dx, dy):
+        return dy  # the gradient itself, unless dx takes its place
+    return output(residual, x, [*others, ("out", dx)], may_be=("dy",), name="residual")
 
 
 def batch_values(over: Channels, x: Array) -> int:
@@ -289,98 +364,27 @@ def batch_values(over: Channels, x: Array) -> int:
     return over.values
 
 
-class Problem(NamedTuple):
-    """What a kernel call takes: its geometry and arrays that fit it, x first, the result last."""
-
-    geometry: Geometry
-    arrays: tuple[Array, ...]
-    target: Array | None  # the user's array, if the result is computed beside it
-
-    def finish(self) -> None:
-        """Bring the result to the user's array if it was computed beside it."""
-        if self.target is not None:
-            np.copyto(self.target, self.arrays[-1])
-
-
-def problem(over: Channels, x: Array, dy: Array | None = None, out: Array | None = None) -> Problem:
-    """Return the arrays as the kernels can walk them, copying those that they cannot.
-
-    x decides the walk. It is copied if it is misaligned or no axis of it is contiguous; dy is
-    copied, and the result computed beside out, if their strides do not allow the same walk.
-    """
-    arrays = [array for array in (x, dy, out) if array is not None]
-    walk = _walk(over, *arrays)
-    if walk is not None and walk.complete and all(array.flags.aligned for array in arrays):
-        return Problem(walk, tuple(arrays), None)
-
-    if walk is None or not x.flags.aligned:
-        arrays[0] = x = _walkable(over, x)
-        walk = _walk(over, *arrays)
-        assert walk is not None, "a copy of x has a walk"
-    target = None
-    for i, array in enumerate(arrays):
-        if walk.places[i] is not None and array.flags.aligned:
-            continue
-        beside = np.empty([x.shape[a] for a in walk.order], x.dtype)
-        beside = beside.transpose(np.argsort(walk.order))
-        if out is not None and i == len(arrays) - 1:
-            target = out
-        else:
-            np.copyto(beside, array)
-        arrays[i] = beside
-    walk = _walk(over, *arrays)
-    assert walk is not None, "what is contiguous in the walk's order has a place"
-    return Problem(walk, tuple(arrays), target)
-
-
-def _walk(over: Channels, *arrays: Array) -> Geometry | None:
-    x = arrays[0]
-    return geometry(x.shape, over.axes, x.itemsize, tuple(array.strides for array in arrays))
-
-
-def _walkable(over: Channels, x: Array) -> Array:
-    copy = x.copy(order="K")
-    if _walk(over, copy) is not None:
-        return copy
-    # Channel axes that are not neighbours in memory: put them last, in the order given.
-    order = [a for a in range(x.ndim) if a not in over.axes] + list(over.axes)
-    return np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))
-
-
-def _matches(name: str, array: Array, x: Array) -> None:
+def _matches(name: str, array: Array, x: Array, is_read: bool) -> None:
     if array.dtype != x.dtype:
         raise TypeError(
             f"{name}: expected dtype {x.dtype}, as x has; got {array.dtype}"
-            + ("" if name == "out" else f"; cast it with {name}.astype(x.dtype)")
+            + (f"; cast it with {name}.astype(x.dtype)" if is_read else "")
         )
     if array.shape != x.shape:
         raise ValueError(f"{name}: expected shape {x.shape}, as x has; got {array.shape}")
 
 
-def _writeable(name: str, array: Array) -> None:
+def _written(name: str, array: Array) -> None:
     if not array.flags.writeable:
         raise ValueError(f"{name}: expected a writeable array; got a read-only one")
+    if overlaps_itself(array):
+        raise ValueError(f"{name}: its elements overlap one another in memory")
 
 
-def _same_memory(a: Array, b: Array) -> bool:
-    return (
-        a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
-        and a.strides == b.strides
-    )
-
-
-def _overlaps_itself(array: Array) -> bool:
-    # Sorted by stride, every axis must step over all that the smaller ones reach.
-    if array.flags.c_contiguous or array.size == 0:
-        return False
-    reach = array.itemsize
-    for stride, n in sorted(
-        (abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1
-    ):
-        if stride < reach:
-            return True
-        reach += stride * (n - 1)
-    return False
+def _apart(name: str, array: Array, others: Sequence[tuple[str, Any]]) -> None:
+    for other, given in others:
+        if given is not None and overlap(array, as_numpy(other, given)):
+            raise ValueError(f"{name}: shares memory with {other}, which it would overwrite")
 
 
 def _cast(name: str, x: Array) -> str:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _DLPACK_CPU = 1  # kDLCPU in dlpack.h
+_FLOAT16 = np.dtype(np.float16)
+_UINT16 = np.dtype(np.uint16)
 
 
 def as_numpy(name: str, array: Any) -> NDArray[Any]:
@@ -46,11 +48,37 @@ def as_numpy(name: str, array: Any) -> NDArray[Any]:
         if device == _DLPACK_CPU:
             return np.from_dlpack(array)
     except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise TypeError(f"{name}: a {kind} that cannot be viewed by NumPy: {error}") from error
+        remedy = (
+            "; view it as uint16, and the NumPy array of that as ml_dtypes.bfloat16"
+            if "bfloat16" in str(getattr(array, "dtype", ""))
+            else ""
+        )
+        raise TypeError(
+            f"{name}: a {kind} that cannot be viewed by NumPy: {str(error).rstrip('.')}{remedy}"
+        ) from error
     raise TypeError(
         f"{name}: expected an array in CPU memory; got a {kind} on DLPack device type {device}; "
         "copy it to the CPU first"
     )
+
+
+def is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """Return whether a dtype is that of ml_dtypes, which is told by its name and not imported."""
+    return dtype.itemsize == 2 and dtype.kind == "V" and dtype.name == "bfloat16"
+
+
+def as_stored(
+    arrays: tuple[NDArray[Any] | None, ...],
+) -> tuple[NDArray[Any] | None, ...]:
+    """Return the arrays, all of one of the dtypes of x, in the form in which kernels take them.
+
+    NumPy exports no buffer of a dtype that is not its own: bfloat16 goes as uint16, and whatever
+    the kernels get as uint16 is bfloat16.
+    """
+    dtype = arrays[0].dtype  # type: ignore[union-attr]  # the first is x
+    if dtype.itemsize != 2 or dtype == _FLOAT16:
+        return arrays
+    return tuple([None if array is None else array.view(_UINT16) for array in arrays])
 
 
 def kernels_for(x: NDArray[Any]) -> Any:  # noqa: ARG001 - the kind of x decides

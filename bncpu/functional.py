@@ -1,18 +1,20 @@
 """The public functions: docstrings, defaults, and the steps of a call in order.
 
-A call is checked (bncpu.arguments), computed by the kernels for its kind of array (bncpu.backends),
-and only then are running statistics updated. No mathematics here but theirs.
+A call is checked (bncpu.arguments), brought into a form that kernels can walk (bncpu.problem),
+computed by the kernels for its kind of array (bncpu.backends), and only then are running statistics
+updated. No mathematics here but theirs.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from bncpu import arguments
 from bncpu.backends import kernels_for
 from bncpu.moments import Moments
+from bncpu.problem import problem
 from bncpu.threads import threads_for_call
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ class TrainResult(NamedTuple):
     Attributes
     ----------
     y : ndarray, shape and dtype of x
-        The normalised batch.
+        The normalised batch, behind the residual and the activation if there are.
     mean : ndarray of float64, shape (C,)
         The mean of each channel over the batch.
     invstd : ndarray of float64, shape (C,)
@@ -47,11 +49,14 @@ class Gradients(NamedTuple):
     dgamma, dbeta : ndarray, shape (C,)
         Gradients with respect to gamma and beta, whether or not these were given; float64 for
         float64 x, else float32.
+    dresidual : ndarray, shape and dtype of x, or None
+        Gradient with respect to the residual, if it was asked for.
     """
 
     dx: NDArray[Any]
     dgamma: NDArray[Any]
     dbeta: NDArray[Any]
+    dresidual: NDArray[Any] | None = None
 
 
 def batch_norm_train(
@@ -64,21 +69,28 @@ def batch_norm_train(
     momentum: float = 0.1,
     eps: float = 1e-5,
     axis: int | tuple[int, ...] = 1,
+    residual: Any = None,
+    activation: Literal["relu"] | None = None,
+    mask: Any = None,
     out: Any = None,
     num_threads: int | None = None,
 ) -> TrainResult:
-    r"""Normalise a batch by its own statistics, channel by channel.
+    r"""Normalise a batch by its own statistics, channel by channel; add a residual, apply ReLU.
 
-    .. math:: y = \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+    .. math::
+        z = \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + \mathrm{residual},
+        \quad y = \mathrm{act}(z)
 
-    with the mean :math:`\mu` and the biased variance :math:`\sigma^2` of the channel's m values.
+    with the mean :math:`\mu` and the biased variance :math:`\sigma^2` of the channel's m values;
+    act(z) is z, or max(z, 0).
 
     Parameters
     ----------
-    x : array_like of float32 or float64, any shape with the channels on `axis`
+    x : array of float32, float64, float16 or bfloat16, any shape with the channels on `axis`
         The batch: (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W), channels-last with ``axis=-1``.
-        A NumPy array, or a CPU array with ``__dlpack__``; any strides, read-only allowed.
-    gamma, beta : array of x's dtype, shape (C,), optional
+        A NumPy array, or a CPU array with ``__dlpack__``; any strides, read-only allowed. bfloat16
+        is that of ml_dtypes.
+    gamma, beta : array of float64 for float64 x, else of float32, shape (C,), optional
         Scale and shift; ones and zeros if not given.
     running_mean, running_var : array of float32 or float64, shape (C,), optional
         Both or neither. Updated in place, whatever their strides:
@@ -90,8 +102,17 @@ def batch_norm_train(
     axis : int or tuple of ints, default 1
         The channel axes. A tuple, as ``axis=(1, 2, 3)`` for (N, C, H, W), is the paper's
         per-activation form; gamma, beta and the statistics then have the shape of these axes.
+    residual : array, shape and dtype of x, optional
+        Added before the activation; any strides.
+    activation : None or "relu", default None
+        What is applied last. ReLU of NaN is NaN.
+    mask : array of uint8, shape ((x.size + 7) // 8,), optional
+        With ``activation="relu"``: filled with one bit per element of x, which says whether y is
+        not 0 there, and so whether the gradient passes. Contiguous memory of its own. The backward
+        pass needs it if there is a residual, and otherwise saves computing the sign again with it.
     out : array, shape and dtype of x, optional
-        Where y goes, any strides. It may not overlap x, which the backward pass needs.
+        Where y goes, any strides; residual itself is allowed. It may not overlap x, which the
+        backward pass needs.
     num_threads : int, optional
         Threads for this call; otherwise what `get_num_threads` says. Results are bitwise the same
         for every number.
@@ -107,7 +128,8 @@ def batch_norm_train(
         If an argument is not an array of the kind or dtype it must be.
     ValueError
         If a shape, range or axis does not fit, an array that is written is read-only or overlaps
-        itself or another, only one running statistic is given, or m = 1.
+        itself or another, only one running statistic is given, there is a mask without an
+        activation, or m = 1.
 
     Notes
     -----
@@ -116,10 +138,25 @@ def batch_norm_train(
     channel with \|mean\| / std = 1e6 is right to the input's own precision; a constant channel
     gives beta (for eps > 0).
 
-    x is read from memory once where a tile of channels fits the caches. Views with a contiguous
-    innermost axis are read in place; others (a reversed or strided innermost axis, misaligned or
-    non-adjacent channel axes) are copied first, and an `out` whose strides do not line up with x's
-    is filled through a temporary array.
+    x and residual are read from memory once and y is written once, where a tile of channels fits
+    the caches; the mask is an eighth of a byte per element more. Fused, ReLU and the residual cost
+    no pass of their own. A new large result costs page faults, often more time than the arithmetic:
+    `out` avoids them.
+
+    float16 and bfloat16 are storage only: the arithmetic is float32, sums are flushed to float64,
+    and y is rounded once, to nearest even (past the largest float16, to infinity). y with ReLU is
+    to the last bit ReLU of y without.
+
+    Bit e % 8, the lowest first, of byte e // 8 of the mask belongs to the e-th element of x in the
+    order in which x lies in memory; for a C-contiguous x the mask is
+    ``numpy.packbits(y != 0, bitorder="little")``. Unused bits are 0. So it belongs to the strides
+    of x, and the backward pass must get x with the same.
+
+    Views with a contiguous innermost axis are read in place; others (a reversed or strided
+    innermost axis, misaligned or non-adjacent channel axes) are copied first. A residual or an
+    `out` whose strides do not line up with x's goes through a temporary array, and so do the bits
+    of a mask where the channels of x lie outside several axes that do not join in memory, as those
+    of a crop of the last two axes do.
 
     An empty batch gives an empty y, mean 0, invstd 1 / sqrt(eps) and no update.
 
@@ -138,28 +175,37 @@ def batch_norm_train(
     >>> y.round(3)
     array([[-0.894,  5.   ],
            [ 0.894,  5.   ]])
+    >>> bncpu.batch_norm_train(x, residual=x - 2, activation="relu", eps=0.25).y.round(3)
+    array([[0.   , 8.   ],
+           [1.894, 8.   ]])
     """
     x = arguments.data("x", x)
     over = arguments.channels(x, axis)
-    scale = arguments.affine("gamma", gamma, x, over)
-    shift = arguments.affine("beta", beta, x, over)
+    given = [("x", x), ("residual", residual), ("gamma", gamma), ("beta", beta)]
+    gamma = arguments.affine("gamma", gamma, x, over)
+    beta = arguments.affine("beta", beta, x, over)
     momentum = arguments.momentum_weight(momentum)
     eps = arguments.epsilon(eps)
+    relu = arguments.is_relu(activation)
+    if residual is not None:
+        residual = arguments.same_as_x("residual", residual, x)
+    mask = arguments.filled_mask(mask, x, relu, given)
     threads = threads_for_call(num_threads)
     m = arguments.batch_values(over, x)
-    y = arguments.output(out, x, [("x", x), ("gamma", scale), ("beta", shift)], may_be=None)
-    others = [("x", x), ("gamma", gamma), ("beta", beta), ("out", y)]
-    running = arguments.running(running_mean, running_var, x, over, others)
+    near = [("x", x), ("residual", residual), ("gamma", gamma), ("beta", beta), ("mask", mask)]
+    y = arguments.output(out, x, near, may_be=("residual",))
+    given += [("mask", mask), ("out", y)]
+    running = arguments.running(running_mean, running_var, x, over, given)
 
     if m == 0 or over.number == 0:
         var = np.zeros(over.shape)
         return TrainResult(y, np.zeros(over.shape), _invstd(var, eps))
-    mean, var, invstd = np.empty((3, over.number))
-    problem = arguments.problem(over, x, out=y)
+    mean, var, invstd = np.empty(over.number), np.empty(over.number), np.empty(over.number)
+    walk = problem(over.axes, (x, residual), (y,), mask, fills_mask=True)
     kernels_for(x).train(
-        problem.geometry, *problem.arrays, scale, shift, eps, mean, var, invstd, threads
+        walk.geometry, *walk.arrays, relu, gamma, beta, eps, mean, var, invstd, threads
     )
-    problem.finish()
+    walk.finish()
     if running is not None:
         # Statistics beyond float32 become infinite there, as IEEE arithmetic has it; no warning is
         # owed, and one that is an error must not come between the two.
@@ -178,21 +224,26 @@ def batch_norm_infer(
     *,
     eps: float = 1e-5,
     axis: int | tuple[int, ...] = 1,
+    residual: Any = None,
+    activation: Literal["relu"] | None = None,
+    mask: Any = None,
     out: Any = None,
     num_threads: int | None = None,
 ) -> NDArray[Any]:
-    r"""Normalise by given statistics: a linear map of each channel.
+    r"""Normalise by given statistics, a linear map of each channel; add a residual, apply ReLU.
 
-    .. math:: y = \gamma \, \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} + \beta
+    .. math::
+        z = \gamma \, \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}} + \beta
+        + \mathrm{residual}, \quad y = \mathrm{act}(z)
 
     Parameters
     ----------
-    x, gamma, beta, eps, axis, num_threads
+    x, gamma, beta, eps, axis, residual, activation, mask, num_threads
         As for `batch_norm_train`.
     mean, var : array of float32 or float64, shape (C,)
         Population statistics; no variance may be negative.
     out : array, shape and dtype of x, optional
-        Where y goes, any strides; x itself is allowed.
+        Where y goes, any strides; x itself or residual itself is allowed.
 
     Returns
     -------
@@ -204,13 +255,15 @@ def batch_norm_infer(
     TypeError
         If an argument is not an array of the kind or dtype it must be.
     ValueError
-        If a shape, range or axis does not fit, a variance is negative, or out is read-only or
-        overlaps x without being x.
+        If a shape, range or axis does not fit, a variance is negative, there is a mask without an
+        activation, or an array that is written is read-only or overlaps another without being x
+        or residual.
 
     Notes
     -----
-    One pass over memory. The difference x - mean is formed before it is scaled, so that large
-    means lose nothing. Copies are made as in `batch_norm_train`.
+    One pass over memory: x and residual are read and y is written once. The difference x - mean is
+    formed before it is scaled, so that large means lose nothing. Copies, half types and the order
+    of the mask's bits as in `batch_norm_train`.
 
     References
     ----------
@@ -223,24 +276,40 @@ def batch_norm_infer(
     >>> bncpu.batch_norm_infer(x, mean=np.array([2.0, 10.0]), var=np.array([1.0, 4.0]), eps=0)
     array([[-1.,  0.],
            [ 1.,  2.]])
+
+    In place, in the memory of x:
+
+    >>> statistics = {"mean": np.array([2.0, 10.0]), "var": np.array([1.0, 4.0]), "eps": 0}
+    >>> bncpu.batch_norm_infer(x, **statistics, activation="relu", out=x) is x
+    True
+    >>> x
+    array([[0., 0.],
+           [1., 2.]])
     """
     x = arguments.data("x", x)
     over = arguments.channels(x, axis)
+    given = [("x", x), ("residual", residual), ("mean", mean), ("var", var)]
+    given += [("gamma", gamma), ("beta", beta)]
     mean = arguments.statistic("mean", mean, x, over)
     var = arguments.variance("var", var, x, over)
     gamma = arguments.affine("gamma", gamma, x, over)
     beta = arguments.affine("beta", beta, x, over)
     eps = arguments.epsilon(eps)
+    relu = arguments.is_relu(activation)
+    if residual is not None:
+        residual = arguments.same_as_x("residual", residual, x)
+    mask = arguments.filled_mask(mask, x, relu, given)
     threads = threads_for_call(num_threads)
-    read = [("x", x), ("mean", mean), ("var", var), ("gamma", gamma), ("beta", beta)]
-    y = arguments.output(out, x, read, may_be="x")
+    near = [("x", x), ("residual", residual), ("mean", mean), ("var", var)]
+    near += [("gamma", gamma), ("beta", beta), ("mask", mask)]
+    y = arguments.output(out, x, near, may_be=("x", "residual"))
 
     if x.size:
-        problem = arguments.problem(over, x, out=y)
+        walk = problem(over.axes, (x, residual), (y,), mask, fills_mask=True)
         kernels_for(x).infer(
-            problem.geometry, *problem.arrays, mean, var, gamma, beta, eps, threads
+            walk.geometry, *walk.arrays, relu, mean, var, gamma, beta, eps, threads
         )
-        problem.finish()
+        walk.finish()
     return y
 
 
@@ -250,18 +319,23 @@ def batch_norm_backward(
     mean: Any,
     invstd: Any,
     gamma: Any = None,
+    beta: Any = None,
     *,
     axis: int | tuple[int, ...] = 1,
+    activation: Literal["relu"] | None = None,
+    mask: Any = None,
+    residual: Any = False,
     out: Any = None,
     num_threads: int | None = None,
 ) -> Gradients:
     r"""Return the gradients of batch_norm_train, through the batch statistics.
 
     .. math::
-        d\beta = \sum dy, \quad d\gamma = \sum dy\,\hat x, \quad
-        dx = \gamma\,\mathrm{invstd}\left(dy - \frac{d\beta}{m} - \hat x\,\frac{d\gamma}{m}\right)
+        d\beta = \sum dz, \quad d\gamma = \sum dz\,\hat x, \quad
+        dx = \gamma\,\mathrm{invstd}\left(dz - \frac{d\beta}{m} - \hat x\,\frac{d\gamma}{m}\right)
 
     with :math:`\hat x = (x - \mathrm{mean})\,\mathrm{invstd}`, sums over the m values of a channel.
+    dz, also the residual's gradient, is dy, or with ReLU dy where y is not 0 and 0 elsewhere.
 
     Parameters
     ----------
@@ -271,29 +345,44 @@ def batch_norm_backward(
         The input of the forward pass.
     mean, invstd : array of float64 or float32, shape (C,)
         As batch_norm_train returned them.
-    gamma : array of x's dtype, shape (C,), optional
-        As it was given forward.
+    gamma, beta : array of float64 for float64 x, else of float32, shape (C,), optional
+        As they were given forward. beta is needed for the sign of z alone: with an activation and
+        without a mask.
     axis, num_threads
         As for `batch_norm_train`.
+    activation : None or "relu", default None
+        As it was given forward.
+    mask : array of uint8, optional
+        With ``activation="relu"``: as the forward pass filled it, for an x of these strides.
+        Without it, the sign of z is computed again from x, to the bit as it was forward, which
+        takes a forward pass without a residual.
+    residual : bool or array of x's shape and dtype, default False
+        Whether the gradient of the forward pass's residual is wanted, or the array for it, any
+        strides; dy itself is allowed if `out` is not dy. With ReLU it needs the mask.
     out : array, shape and dtype of x, optional
         Where dx goes, any strides; dy itself is allowed.
 
     Returns
     -------
     Gradients
-        dx, dgamma, dbeta.
+        dx, dgamma, dbeta, dresidual (None if not wanted).
 
     Raises
     ------
     TypeError
         If an argument is not an array of the kind or dtype it must be.
     ValueError
-        If a shape or axis does not fit, or out is read-only or overlaps an input without being dy.
+        If a shape or axis does not fit, there is a mask without an activation, or no mask for the
+        gradient of a residual before ReLU, or an array that is written is read-only or overlaps
+        another without being dy.
 
     Notes
     -----
-    Accumulation, order, threads and copies as in `batch_norm_train`; dy and x are each read from
-    memory once where a tile of channels fits the caches. An empty batch gives dgamma = dbeta = 0.
+    Accumulation, order, threads, copies, half types and the order of the mask's bits as in
+    `batch_norm_train`. dy and x are each read from memory once where a tile of channels fits the
+    caches; dx, and behind ReLU dresidual, are written once. Without an activation dresidual is dy
+    itself, not a copy, unless it must be one: where `out` is dy, or into the array given. An empty
+    batch gives dgamma = dbeta = 0.
 
     References
     ----------
@@ -304,9 +393,24 @@ def batch_norm_backward(
     >>> import numpy as np, bncpu
     >>> x = np.array([[1.0], [2.0], [6.0]])
     >>> y, mean, invstd = bncpu.batch_norm_train(x, eps=0)
-    >>> dx, dgamma, dbeta = bncpu.batch_norm_backward(np.ones_like(x), x, mean, invstd)
-    >>> bool(abs(dx).max() < 1e-15), dbeta
+    >>> gradients = bncpu.batch_norm_backward(np.ones_like(x), x, mean, invstd)
+    >>> bool(abs(gradients.dx).max() < 1e-15), gradients.dbeta
     (True, array([3.]))
+
+    With a residual before ReLU, what passes is kept in a mask:
+
+    >>> residual = np.array([[1.0], [0.0], [-1.0]])
+    >>> fused = {"activation": "relu", "mask": np.empty((x.size + 7) // 8, np.uint8)}
+    >>> y, mean, invstd = bncpu.batch_norm_train(x, residual=residual, **fused)
+    >>> y.round(2)
+    array([[0.07],
+           [0.  ],
+           [0.39]])
+    >>> dy = np.array([[1.0], [2.0], [3.0]])
+    >>> bncpu.batch_norm_backward(dy, x, mean, invstd, residual=True, **fused).dresidual
+    array([[1.],
+           [0.],
+           [3.]])
     """
     x = arguments.data("x", x)
     dy = arguments.same_as_x("dy", dy, x)
@@ -314,18 +418,24 @@ def batch_norm_backward(
     mean = arguments.statistic("mean", mean, x, over)
     invstd = arguments.statistic("invstd", invstd, x, over)
     gamma = arguments.affine("gamma", gamma, x, over)
+    beta = arguments.affine("beta", beta, x, over)
+    relu = arguments.is_relu(activation)
+    mask = arguments.mask(mask, x, relu)
     threads = threads_for_call(num_threads)
-    read = [("dy", dy), ("x", x), ("mean", mean), ("invstd", invstd), ("gamma", gamma)]
-    dx = arguments.output(out, x, read, may_be="dy")
+    near = [("dy", dy), ("x", x), ("mean", mean), ("invstd", invstd)]
+    near += [("gamma", gamma), ("beta", beta), ("mask", mask)]
+    dx = arguments.output(out, x, near, may_be=("dy",))
+    dresidual = arguments.residual_gradient(residual, x, dy, dx, relu, mask, near)
 
-    dgamma, dbeta = np.zeros((2, over.number))
+    dz = _dresidual_of_kernels(dresidual, dy, relu)
+    dgamma, dbeta = np.zeros(over.number), np.zeros(over.number)
     if x.size:
-        problem = arguments.problem(over, x, dy, dx)
+        walk = problem(over.axes, (x, dy), (dx, dz), mask)
         kernels_for(x).backward(
-            problem.geometry, *problem.arrays, mean, invstd, gamma, dgamma, dbeta, threads
+            walk.geometry, *walk.arrays, relu, mean, invstd, gamma, beta, dgamma, dbeta, threads
         )
-        problem.finish()
-    return _gradients(dx, dgamma, dbeta, over.shape)
+        walk.finish()
+    return _gradients(dx, dgamma, dbeta, dresidual, over)
 
 
 def batch_norm_infer_backward(
@@ -334,21 +444,27 @@ def batch_norm_infer_backward(
     mean: Any,
     var: Any,
     gamma: Any = None,
+    beta: Any = None,
     *,
     eps: float = 1e-5,
     axis: int | tuple[int, ...] = 1,
+    activation: Literal["relu"] | None = None,
+    mask: Any = None,
+    residual: Any = False,
     out: Any = None,
     num_threads: int | None = None,
 ) -> Gradients:
     r"""Return the gradients of batch_norm_infer: mean and variance are constants (frozen BN).
 
     .. math::
-        d\beta = \sum dy, \quad d\gamma = \sum dy\,\hat x, \quad
-        dx = \frac{\gamma\,dy}{\sqrt{\mathrm{var} + \epsilon}}
+        d\beta = \sum dz, \quad d\gamma = \sum dz\,\hat x, \quad
+        dx = \frac{\gamma\,dz}{\sqrt{\mathrm{var} + \epsilon}}
+
+    with dz as in `batch_norm_backward`.
 
     Parameters
     ----------
-    dy, x, gamma, axis, out, num_threads
+    dy, x, gamma, beta, axis, activation, mask, residual, out, num_threads
         As for `batch_norm_backward`.
     mean, var, eps
         As they were given to `batch_norm_infer`.
@@ -356,19 +472,20 @@ def batch_norm_infer_backward(
     Returns
     -------
     Gradients
-        dx, dgamma, dbeta.
+        dx, dgamma, dbeta, dresidual (None if not wanted).
 
     Raises
     ------
     TypeError
         If an argument is not an array of the kind or dtype it must be.
     ValueError
-        If a shape, range or axis does not fit, a variance is negative, or out is read-only or
-        overlaps an input without being dy.
+        If a shape, range or axis does not fit, a variance is negative, there is a mask without an
+        activation, or no mask for the gradient of a residual before ReLU, or an array that is
+        written is read-only or overlaps another without being dy.
 
     Notes
     -----
-    Accumulation, order, threads and copies as in `batch_norm_train`.
+    As in `batch_norm_backward`.
 
     References
     ----------
@@ -380,7 +497,7 @@ def batch_norm_infer_backward(
     >>> x, dy = np.array([[1.0], [3.0]]), np.array([[1.0], [2.0]])
     >>> bncpu.batch_norm_infer_backward(dy, x, mean=np.array([1.0]), var=np.array([4.0]), eps=0)
     Gradients(dx=array([[0.5],
-           [1. ]]), dgamma=array([2.]), dbeta=array([3.]))
+           [1. ]]), dgamma=array([2.]), dbeta=array([3.]), dresidual=None)
     """
     x = arguments.data("x", x)
     dy = arguments.same_as_x("dy", dy, x)
@@ -388,19 +505,25 @@ def batch_norm_infer_backward(
     mean = arguments.statistic("mean", mean, x, over)
     var = arguments.variance("var", var, x, over)
     gamma = arguments.affine("gamma", gamma, x, over)
+    beta = arguments.affine("beta", beta, x, over)
     eps = arguments.epsilon(eps)
+    relu = arguments.is_relu(activation)
+    mask = arguments.mask(mask, x, relu)
     threads = threads_for_call(num_threads)
-    read = [("dy", dy), ("x", x), ("mean", mean), ("var", var), ("gamma", gamma)]
-    dx = arguments.output(out, x, read, may_be="dy")
+    near = [("dy", dy), ("x", x), ("mean", mean), ("var", var)]
+    near += [("gamma", gamma), ("beta", beta), ("mask", mask)]
+    dx = arguments.output(out, x, near, may_be=("dy",))
+    dresidual = arguments.residual_gradient(residual, x, dy, dx, relu, mask, near)
 
-    dgamma, dbeta = np.zeros((2, over.number))
+    dz = _dresidual_of_kernels(dresidual, dy, relu)
+    dgamma, dbeta = np.zeros(over.number), np.zeros(over.number)
     if x.size:
-        problem = arguments.problem(over, x, dy, dx)
+        walk = problem(over.axes, (x, dy), (dx, dz), mask)
         kernels_for(x).infer_backward(
-            problem.geometry, *problem.arrays, mean, var, gamma, eps, dgamma, dbeta, threads
+            walk.geometry, *walk.arrays, relu, mean, var, gamma, beta, eps, dgamma, dbeta, threads
         )
-        problem.finish()
-    return _gradients(dx, dgamma, dbeta, over.shape)
+        walk.finish()
+    return _gradients(dx, dgamma, dbeta, dresidual, over)
 
 
 def batch_moments(
@@ -421,7 +544,7 @@ def batch_moments(
     Raises
     ------
     TypeError
-        If x is not an array of float32 or float64.
+        If x is not an array of float32, float64, float16 or bfloat16.
     ValueError
         If the axis does not fit.
 
@@ -444,25 +567,39 @@ def batch_moments(
     x = arguments.data("x", x)
     over = arguments.channels(x, axis)
     threads = threads_for_call(num_threads)
-    mean, m2 = np.zeros((2, over.number))
+    mean, m2 = np.zeros(over.number), np.zeros(over.number)
     if x.size:
-        problem = arguments.problem(over, x)
-        kernels_for(x).moments(problem.geometry, *problem.arrays, mean, m2, threads)
+        walk = problem(over.axes, (x,))
+        kernels_for(x).moments(walk.geometry, walk.arrays[0], mean, m2, threads)
     return Moments(over.values, mean.reshape(over.shape), m2.reshape(over.shape))
+
+
+def _dresidual_of_kernels(
+    dresidual: NDArray[Any] | None, dy: NDArray[Any], relu: bool
+) -> NDArray[Any] | None:
+    # Without an activation dresidual is dy, which is brought there before dx takes its place.
+    if dresidual is None or relu:
+        return dresidual
+    if dresidual is not dy:
+        np.copyto(dresidual, dy)
+    return None
 
 
 def _gradients(
     dx: NDArray[Any],
     dgamma: NDArray[np.float64],
     dbeta: NDArray[np.float64],
-    shape: tuple[int, ...],
+    dresidual: NDArray[Any] | None,
+    over: arguments.Channels,
 ) -> Gradients:
+    dtype = arguments.parameter_dtype(dx)
     # Sums beyond float32 become infinite there, as IEEE arithmetic has it; no warning is owed.
     with np.errstate(all="ignore"):
         return Gradients(
             dx,
-            dgamma.astype(dx.dtype, copy=False).reshape(shape),
-            dbeta.astype(dx.dtype, copy=False).reshape(shape),
+            dgamma.astype(dtype, copy=False).reshape(over.shape),
+            dbeta.astype(dtype, copy=False).reshape(over.shape),
+            dresidual,
         )
 
 

@@ -7,17 +7,28 @@ nothing itself.
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from bncpu import arguments, functional
 from bncpu.backends import as_numpy
+from bncpu.memory import overlap
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import DTypeLike, NDArray
+
+
+class _Forward(NamedTuple):
+    # What backward needs of a forward; spread is invstd, or without `batch` the variance.
+    x: Any
+    mean: NDArray[Any]
+    spread: NDArray[Any]
+    batch: bool
+    residual: bool
+    mask: NDArray[np.uint8] | None
 
 
 class BatchNorm:
@@ -38,13 +49,18 @@ class BatchNorm:
         Whether there are running statistics. Without them evaluation uses the batch's own.
     axis : int or tuple of ints, default 1
         The channel axes of the input.
+    activation : None or "relu", default None
+        What is applied last, in the same pass over memory.
     dtype : dtype, default float32
-        Of parameters and running statistics: float32 or float64, the dtype of the inputs.
+        Of parameters and running statistics: float64 for inputs of float64, or float32 for inputs
+        of float32, float16 or bfloat16.
 
     Attributes
     ----------
     gamma, beta, dgamma, dbeta : ndarray, shape (C,), or None without affine
         Parameters, ones and zeros at first, and their gradients after `backward`.
+    dresidual : ndarray or None
+        The gradient of the last forward's residual after `backward`, if it had one.
     running_mean, running_var : ndarray, shape (C,), or None
         Zeros and ones at first; the variance is unbiased.
     num_batches_tracked : int
@@ -70,6 +86,14 @@ class BatchNorm:
     >>> dx = layer.backward(np.ones_like(y))
     >>> layer.eval()(x).shape, layer.num_batches_tracked
     ((8, 3, 4, 4), 1)
+
+    The end of a residual block, relu(BN(x) + residual):
+
+    >>> layer = bncpu.BatchNorm(3, activation="relu")
+    >>> y = layer(x, residual=-x)
+    >>> dx = layer.backward(np.ones_like(y))
+    >>> bool((layer.dresidual == (y > 0)).all())
+    True
     """
 
     def __init__(
@@ -81,12 +105,15 @@ class BatchNorm:
         affine: bool = True,
         track_running_stats: bool = True,
         axis: int | tuple[int, ...] = 1,
+        activation: Literal["relu"] | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.shape = _shape(num_features, axis)
         self.eps = arguments.epsilon(eps)
         self.momentum = None if momentum is None else arguments.momentum_weight(momentum)
         self.axis = axis
+        arguments.is_relu(activation)
+        self.activation = activation
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise TypeError(f"dtype: expected float32 or float64; got {self.dtype}")
@@ -94,23 +121,25 @@ class BatchNorm:
         self.beta = np.zeros(self.shape, self.dtype) if affine else None
         self.dgamma: NDArray[Any] | None = None
         self.dbeta: NDArray[Any] | None = None
+        self.dresidual: NDArray[Any] | None = None
         self.running_mean = np.zeros(self.shape, self.dtype) if track_running_stats else None
         self.running_var = np.ones(self.shape, self.dtype) if track_running_stats else None
         self.num_batches_tracked = 0
         self.training = True
-        # What backward needs of the last forward: x, mean, invstd (or var), and which it is.
-        self._last: tuple[Any, NDArray[Any], NDArray[Any], bool] | None = None
+        self._last: _Forward | None = None
+        self._mask = np.empty(0, np.uint8)  # kept from batch to batch of one size
 
-    def __call__(self, x: Any, *, out: Any = None) -> NDArray[Any]:
+    def __call__(self, x: Any, *, residual: Any = None, out: Any = None) -> NDArray[Any]:
         """Return `forward` of x."""
-        return self.forward(x, out=out)
+        return self.forward(x, residual=residual, out=out)
 
     def __repr__(self) -> str:
         features = self.shape[0] if len(self.shape) == 1 else self.shape
         return (
             f"BatchNorm({features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.gamma is not None}, "
-            f"track_running_stats={self.running_mean is not None}, axis={self.axis})"
+            f"track_running_stats={self.running_mean is not None}, axis={self.axis}, "
+            f"activation={self.activation!r})"
         )
 
     def train(self, mode: bool = True) -> BatchNorm:
@@ -122,15 +151,20 @@ class BatchNorm:
         """Use the running statistics from now on; return self."""
         return self.train(False)
 
-    def forward(self, x: Any, *, out: Any = None) -> NDArray[Any]:
+    def forward(self, x: Any, *, residual: Any = None, out: Any = None) -> NDArray[Any]:
         """Return y, and remember x for `backward`.
 
         Parameters
         ----------
-        x : array of the layer's dtype, channels on its axis
-            Kept, not copied: leave it as it is until backward.
+        x : array, channels on the layer's axis
+            Of float64 for a layer of float64, else of float32, float16 or bfloat16. Kept, not
+            copied: leave it as it is until backward.
+        residual : array, shape and dtype of x, optional
+            Added before the activation. Not kept: with an activation the layer has a bit for each
+            of its elements.
         out : array, shape and dtype of x, optional
-            Where y goes.
+            Where y goes; residual itself is allowed, and in evaluation x itself, after which there
+            is no backward.
 
         Raises
         ------
@@ -138,20 +172,24 @@ class BatchNorm:
             As `batch_norm_train` and `batch_norm_infer`.
         """
         self._check(x)
+        mask = None
+        if residual is not None and self.activation is not None:
+            mask = self._mask_for(x)
+        how = {
+            "eps": self.eps,
+            "axis": self.axis,
+            "residual": residual,
+            "activation": self.activation,
+            "mask": mask,
+            "out": out,
+        }
+        with_residual = residual is not None
         if not self.training and self.running_mean is not None and self.running_var is not None:
-            y = functional.batch_norm_infer(
-                x,
-                self.running_mean,
-                self.running_var,
-                self.gamma,
-                self.beta,
-                eps=self.eps,
-                axis=self.axis,
-                out=out,
-            )
+            mean, var = self.running_mean, self.running_var
+            y = functional.batch_norm_infer(x, mean, var, self.gamma, self.beta, **how)
             # In place there is no x left to differentiate at.
-            in_place = out is not None and arguments.overlap(as_numpy("out", out), as_numpy("x", x))
-            self._last = None if in_place else (x, self.running_mean, self.running_var, False)
+            in_place = out is not None and overlap(as_numpy("out", out), as_numpy("x", x))
+            self._last = None if in_place else _Forward(x, mean, var, False, with_residual, mask)
             return y
         update = self.training and self.running_mean is not None
         momentum = self.momentum
@@ -164,21 +202,20 @@ class BatchNorm:
             running_mean=self.running_mean if update else None,
             running_var=self.running_var if update else None,
             momentum=momentum,
-            eps=self.eps,
-            axis=self.axis,
-            out=out,
+            **how,
         )
         # A batch without values has changed nothing and must not weigh in the average.
         self.num_batches_tracked += update and y.size > 0
-        self._last = (x, mean, invstd, True)
+        self._last = _Forward(x, mean, invstd, True, with_residual, mask)
         return y
 
     def backward(self, dy: Any, *, out: Any = None) -> NDArray[Any]:
-        """Return dx for the last forward; dgamma and dbeta are kept as attributes.
+        """Return dx for the last forward; the other gradients are kept as attributes.
 
         Parameters
         ----------
         dy : array, shape and dtype of y
+            Without an activation it is the residual's gradient, and kept as such.
         out : array, shape and dtype of dy, optional
             Where dx goes; dy itself is allowed.
 
@@ -193,17 +230,25 @@ class BatchNorm:
             raise RuntimeError(
                 "backward: call forward first, and not with out=x; it keeps what the gradients need"
             )
-        x, mean, spread, batch = self._last
+        x, mean, spread, batch, residual, mask = self._last
+        how = {
+            "axis": self.axis,
+            "activation": self.activation,
+            "mask": mask,
+            "residual": residual,
+            "out": out,
+        }
         if batch:
             gradients = functional.batch_norm_backward(
-                dy, x, mean, spread, self.gamma, axis=self.axis, out=out
+                dy, x, mean, spread, self.gamma, self.beta, **how
             )
         else:
             gradients = functional.batch_norm_infer_backward(
-                dy, x, mean, spread, self.gamma, eps=self.eps, axis=self.axis, out=out
+                dy, x, mean, spread, self.gamma, self.beta, eps=self.eps, **how
             )
         if self.gamma is not None:
             self.dgamma, self.dbeta = gradients.dgamma, gradients.dbeta
+        self.dresidual = gradients.dresidual
         return gradients.dx
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
@@ -249,10 +294,12 @@ class BatchNorm:
     def _check(self, x: Any) -> None:
         # The functions would blame gamma or the running statistics, which nobody passed.
         array = arguments.data("x", x)
-        if array.dtype != self.dtype:
+        dtype = arguments.parameter_dtype(array)
+        if dtype != self.dtype:
+            expected = "float64" if self.dtype == np.float64 else "float32, float16 or bfloat16"
             raise TypeError(
-                f"x: expected dtype {self.dtype}, the layer's; got {array.dtype}; "
-                f"cast it, or make the layer with dtype=numpy.{array.dtype}"
+                f"x: expected dtype {expected} for a layer of {self.dtype}; got {array.dtype}; "
+                f"cast it, or make the layer with dtype=numpy.{dtype}"
             )
         over = arguments.channels(array, self.axis)
         if over.shape != self.shape:
@@ -260,6 +307,12 @@ class BatchNorm:
                 f"x: expected {self.shape} channels on axis {self.axis}; got {over.shape} in "
                 f"shape {array.shape}"
             )
+
+    def _mask_for(self, x: Any) -> NDArray[np.uint8]:
+        size = (as_numpy("x", x).size + 7) // 8
+        if self._mask.size != size:
+            self._mask = np.empty(size, np.uint8)
+        return self._mask
 
     def _state(self) -> dict[str, NDArray[Any]]:
         # The layer's own arrays, save for the count.

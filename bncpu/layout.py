@@ -130,6 +130,16 @@ def geometry(
     return Geometry(columns, rows, rows_per_plane, channels, run, order, places, complete)
 
 
+@lru_cache(maxsize=256)
+def memory_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the axes of more than one element, outermost first, as the array lies in memory.
+
+    What the bits of a mask follow. Of axes with one stride (which then is 0, or the elements
+    overlap) the first is the outer one; a reversed axis is followed from its first element on.
+    """
+    return tuple(sorted((a for a, n in enumerate(shape) if n > 1), key=lambda a: -abs(strides[a])))
+
+
 def _merge(shape: tuple[int, ...], strides: tuple[int, ...], axes: list[int]) -> list[list[int]]:
     """Group neighbours in axes (outermost first) that can be walked with one stride."""
     groups: list[list[int]] = []

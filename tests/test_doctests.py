@@ -4,7 +4,10 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import bncpu
@@ -44,6 +47,18 @@ def test_examples(name):
 def test_every_public_function_has_an_example(name):
     tests = doctest.DocTestFinder(recurse=True).find(getattr(bncpu, name), name)
     assert any(test.examples for test in tests), f"bncpu.{name} shows no example"
+
+
+def test_examples_of_the_readme():
+    """In their order, one after the other, as somebody would type them."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    names = {}
+    for example in examples:
+        exec(example, names)
+    assert np.array_equal(names["mask"], np.packbits(names["y"] != 0, bitorder="little"))
+    assert names["memory"].any()
+    assert names["x"].min() < 0
 
 
 def documented(text, section):

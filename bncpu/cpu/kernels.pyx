@@ -7,8 +7,9 @@ vectors of one value per channel, and a number of threads; it fills the arrays i
 checked is checked before (bncpu.arguments): nothing here looks at a shape or raises for one.
 
 A tile is reduced, its channels are finished, and it is mapped to the result while it is in cache;
-where results leave the caches, while the next tile is reduced. Either whole tiles go to threads, or the threads share each tile (tiling.hpp decides); partial sums
-and the order of merging them depend on the shape alone. Compiled once per instruction level.
+where results leave the caches, that waits until the next tile is reduced beside it. Either whole
+tiles go to threads, or the threads share each tile (tiling.hpp decides); partial sums and the order
+of merging them depend on the shape alone. Compiled once per instruction level.
 """
 
 cimport cython
