@@ -4,13 +4,30 @@ The truth is bncpu.reference in float64. An error is measured against the size o
 make up the result (its scale), never against the result itself, which may cancel to nothing. The
 scales come from the truth here, the tolerance from dtype and m in one place, and no test has its
 own.
+
+float16 and bfloat16 are storage: what is computed has float32's tolerance, and what is stored is
+one rounding of that. Rounding is monotonic, so a stored result is right if it lies between the
+roundings of truth - tolerance and truth + tolerance; this holds for subnormals and for what rounds
+to infinity, and allows nothing else. The same holds for ReLU, which brings no error of its own.
+
+Whether z passes ReLU is for z within tolerance of 0 a matter of rounding, and gradients do not
+forgive another answer. So a forward is compared with the truth by its y alone, whose zeros and
+whose mask must agree to the bit, and a backward with the truth for those elements that the forward
+has let through.
 """
 
 import numpy as np
+from cases import memory_order, parameter_dtype
 
 from bncpu import reference
 
 EPS64 = np.finfo(np.float64).eps
+STORAGE = ("float16", "bfloat16")
+
+
+def arithmetic(dtype):
+    """Return the dtype that is computed in for arrays of a dtype: float32 for storage types."""
+    return np.dtype(np.float32) if np.dtype(dtype).name in STORAGE else np.dtype(dtype)
 
 
 def tolerance(dtype, m, ratio=0.0):
@@ -22,19 +39,25 @@ def tolerance(dtype, m, ratio=0.0):
     also loses the few last digits of a float64 mean, and no others: what the input's own precision
     cost is already in the input, and the truth is computed from it too.
     """
-    in_dtype = np.finfo(dtype).eps * (8.0 + np.log2(m + 1.0))
+    in_dtype = np.finfo(arithmetic(dtype)).eps * (8.0 + np.log2(m + 1.0))
     return in_dtype + EPS64 * (np.sqrt(m) + 4.0 * np.asarray(ratio))
 
 
+@np.errstate(all="ignore")
 def assert_close(got, truth, *, limit, what):
     """Compare with the truth; NaN and Inf must stand exactly where the truth has them."""
     got, truth = np.asarray(got), np.asarray(truth)
     assert got.shape == truth.shape, f"{what}: shape {got.shape}, expected {truth.shape}"
     special = ~np.isfinite(truth)
-    np.testing.assert_array_equal(got[special], truth[special], err_msg=what)
-    error = np.abs(got.astype(np.float64) - truth)
+    value = got.astype(np.float64)
+    np.testing.assert_array_equal(value[special], truth[special], err_msg=what)
+    error = np.abs(value - truth)
     limit = np.broadcast_to(limit, truth.shape)
-    wrong = ~special & ~(error <= limit)
+    if got.dtype.name in STORAGE:
+        low, high = ((truth + end).astype(got.dtype).astype(float) for end in (-limit, limit))
+        wrong = ~special & ~((low <= value) & (value <= high))
+    else:
+        wrong = ~special & ~(error <= limit)
     if wrong.any():
         excess = np.where(wrong, error / np.maximum(limit, 1e-300), 0.0)
         worst = np.unravel_index(np.argmax(excess), wrong.shape)
@@ -76,13 +99,35 @@ def assert_gradient(got, loss, array, *, step=1e-3, what="gradient"):
 
 
 def assert_same_bits(got, expected, what="result"):
-    """Compare bit by bit: NaN equals itself, +0 differs from -0."""
+    """Compare bit by bit: NaN equals itself, +0 differs from -0; None is no array."""
+    if got is None or expected is None:
+        assert got is expected, f"{what}: one of them is None"
+        return
     got, expected = np.ascontiguousarray(got), np.ascontiguousarray(expected)
     assert got.shape == expected.shape, f"{what}: {got.shape} against {expected.shape}"
     assert got.dtype == expected.dtype, f"{what}: {got.dtype} against {expected.dtype}"
     unsigned = np.dtype(f"u{got.itemsize}")
     differ = np.count_nonzero(got.view(unsigned) != expected.view(unsigned))
     assert differ == 0, f"{what}: {differ} of {got.size} values differ in their bits"
+
+
+@np.errstate(invalid="ignore")  # NaN that signal
+def assert_same_but_for_nan(got, expected, what="result"):
+    """Compare bit by bit, except which of many NaN a NaN is."""
+    canonical = (np.where(np.isnan(a), np.asarray(np.nan, a.dtype), a) for a in (got, expected))
+    assert_same_bits(*canonical, what)
+
+
+@np.errstate(all="ignore")
+def assert_relu_of(y, z):
+    """Check that y is relu(z) to the bit, where z is what came out without ReLU.
+
+    What is stored as -0 was less than 0 before a storage type rounded it, and ReLU made it +0.
+    """
+    expected = np.where(z < 0, np.zeros((), z.dtype), z)
+    if z.dtype.name in STORAGE:
+        expected = np.where((z == 0) & (y == 0), y, expected)
+    assert_same_but_for_nan(y, expected, "relu")
 
 
 @np.errstate(all="ignore")
@@ -99,12 +144,18 @@ def assert_moments(got, x, *, axis=1):
 
 
 @np.errstate(all="ignore")
-def assert_train(got, x, gamma=None, beta=None, *, eps=1e-5, axis=1):
-    """Compare a training forward with the truth; return the truth."""
+def assert_train(
+    got, x, gamma=None, beta=None, *, eps=1e-5, axis=1, residual=None, activation=None, mask=None
+):
+    """Compare a training forward, and the mask that it filled, with the truth; return the truth."""
     assert got.y.dtype == x.dtype
     _assert_float64(got.mean, got.invstd)
-    y, x, axis = _channels_last(axis, got.y, x)
-    truth = reference.batch_norm_train(x, gamma, beta, eps=eps, axis=axis)
+    if mask is not None:
+        assert_mask(mask, x, got.y)
+    y, x, residual, axis = _channels_last(axis, got.y, x, residual)
+    truth = reference.batch_norm_train(
+        x, gamma, beta, eps=eps, axis=axis, residual=residual, activation=activation
+    )
     moments = reference.batch_moments(x, axis=axis)
     _assert_mean(got.mean, moments, tolerance(x.dtype, moments.count))
     ratio = np.abs(truth.mean) * truth.invstd
@@ -112,8 +163,9 @@ def assert_train(got, x, gamma=None, beta=None, *, eps=1e-5, axis=1):
     assert_close(got.invstd, truth.invstd, limit=allowed * truth.invstd, what="invstd")
 
     xhat = np.abs(reference.batch_norm_train(x, eps=eps, axis=axis).y)
-    limit = allowed * (_size(gamma, 1.0) * (xhat + 1.0) + _size(beta, 0.0))
-    assert_close(y, truth.y, limit=limit, what="y")
+    size = _size(gamma, 1.0) * (xhat + 1.0) + _size(beta, 0.0) + _size(residual, 0.0)
+    assert_close(y, truth.y, limit=allowed * size, what="y")
+    _assert_activated(y, activation)
     return truth
 
 
@@ -150,20 +202,42 @@ def assert_running(running_mean, running_var, *batches, mean=0.0, var=1.0, momen
 
 
 @np.errstate(all="ignore")
-def assert_infer(got, x, mean, var, gamma=None, beta=None, *, eps=1e-5, axis=1):
-    """Compare inference with the truth; return the truth."""
+def assert_infer(
+    got,
+    x,
+    mean,
+    var,
+    gamma=None,
+    beta=None,
+    *,
+    eps=1e-5,
+    axis=1,
+    residual=None,
+    activation=None,
+    mask=None,
+):
+    """Compare inference, and the mask that it filled, with the truth; return the truth."""
     assert got.dtype == x.dtype
-    y, x, axis = _channels_last(axis, got, x)
-    truth = reference.batch_norm_infer(x, mean, var, gamma, beta, eps=eps, axis=axis)
+    if mask is not None:
+        assert_mask(mask, x, got)
+    y, x, residual, axis = _channels_last(axis, got, x, residual)
+    truth = reference.batch_norm_infer(
+        x, mean, var, gamma, beta, eps=eps, axis=axis, residual=residual, activation=activation
+    )
     xhat = np.abs(reference.batch_norm_infer(x, mean, var, eps=eps, axis=axis))
-    scale = _size(gamma, 1.0) * xhat + _size(beta, 0.0)
+    scale = _size(gamma, 1.0) * xhat + _size(beta, 0.0) + _size(residual, 0.0)
     assert_close(y, truth, limit=tolerance(x.dtype, 1) * scale, what="y")
+    _assert_activated(y, activation)
     return truth
 
 
 @np.errstate(all="ignore")
-def assert_backward(got, dy, x, mean, invstd, gamma=None, *, axis=1):
-    """Compare the gradients of a training forward with the truth; return the truth."""
+def assert_backward(got, dy, x, mean, invstd, gamma=None, *, axis=1, passes=None):
+    """Compare the gradients of a training forward with the truth; return the truth.
+
+    passes says of every element whether the forward's ReLU let it through; None for no ReLU.
+    """
+    dy = _assert_through(got, dy, x, passes)
     dx, dy, x, axis = _channels_last(axis, got.dx, dy, x)
     truth = reference.batch_norm_backward(dy, x, mean, invstd, gamma, axis=axis)
     m = reference.batch_moments(x, axis=axis).count
@@ -171,25 +245,56 @@ def assert_backward(got, dy, x, mean, invstd, gamma=None, *, axis=1):
     ratio = np.abs(mean) * invstd
     terms = np.abs(dy.astype(np.float64)) + (sum_dy + xhat * sum_dy_xhat) / max(m, 1)
     limit = tolerance(x.dtype, m, ratio) * _size(gamma, 1.0) * invstd * terms
-    assert dx.dtype == x.dtype
     assert_close(dx, truth.dx, limit=limit, what="dx")
     _assert_parameter_gradients(got, truth, x.dtype, m, ratio, sum_dy, sum_dy_xhat)
     return truth
 
 
 @np.errstate(all="ignore")
-def assert_infer_backward(got, dy, x, mean, var, gamma=None, *, eps=1e-5, axis=1):
+def assert_infer_backward(got, dy, x, mean, var, gamma=None, *, eps=1e-5, axis=1, passes=None):
     """Compare the gradients of inference with the truth; return the truth."""
+    dy = _assert_through(got, dy, x, passes)
     dx, dy, x, axis = _channels_last(axis, got.dx, dy, x)
     truth = reference.batch_norm_infer_backward(dy, x, mean, var, gamma, eps=eps, axis=axis)
     m = reference.batch_moments(x, axis=axis).count
     invstd = 1.0 / np.sqrt(np.asarray(var, dtype=np.float64) + eps)
     _, sum_dy, sum_dy_xhat = _gradient_sizes(dy, x, mean, invstd, axis)
     ratio = np.abs(mean) * invstd
-    assert dx.dtype == x.dtype
     assert_close(dx, truth.dx, limit=tolerance(x.dtype, 1) * np.abs(truth.dx), what="dx")
     _assert_parameter_gradients(got, truth, x.dtype, m, ratio, sum_dy, sum_dy_xhat)
     return truth
+
+
+def assert_mask(mask, x, y):
+    """Check that the bits of a mask are those of y != 0, in the order in which x lies in memory.
+
+    Where x is reversed or repeats itself that order is the package's own; how many there are of
+    each bit is not.
+    """
+    assert mask.dtype == np.uint8
+    assert mask.shape == ((x.size + 7) // 8,)
+    order = memory_order(x)
+    if order is None:
+        bits = np.unpackbits(mask, bitorder="little")
+        assert np.count_nonzero(bits) == np.count_nonzero(y != 0), "mask: another number of bits"
+        assert not bits[x.size :].any(), "mask: unused bits are set"
+    else:
+        expected = np.packbits((y != 0).transpose(order).reshape(-1), bitorder="little")
+        np.testing.assert_array_equal(mask, expected, "mask")
+
+
+def _assert_activated(y, activation):
+    if activation == "relu":
+        assert not np.any(y < 0), "y is negative behind ReLU"
+
+
+def _assert_through(got, dy, x, passes):
+    """Check dresidual, which is dz, to the bit; return dz."""
+    dz = dy if passes is None else np.where(passes, dy, np.zeros((), dy.dtype))
+    assert got.dx.dtype == x.dtype
+    if got.dresidual is not None:
+        assert_same_bits(got.dresidual, dz, "dresidual")
+    return dz
 
 
 def _assert_float64(*statistics):
@@ -214,8 +319,9 @@ def _m2_limit(moments, allowed):
 
 
 def _assert_parameter_gradients(got, truth, dtype, m, ratio, sum_dy, sum_dy_xhat):
-    assert got.dgamma.dtype == got.dbeta.dtype == dtype
-    dgamma, dbeta = _held_in(dtype, truth.dgamma), _held_in(dtype, truth.dbeta)
+    held = parameter_dtype(dtype)
+    assert got.dgamma.dtype == got.dbeta.dtype == held
+    dgamma, dbeta = _held_in(held, truth.dgamma), _held_in(held, truth.dbeta)
     limit = tolerance(dtype, m, ratio) * sum_dy_xhat
     assert_close(got.dgamma, dgamma, limit=limit, what="dgamma")
     assert_close(got.dbeta, dbeta, limit=tolerance(dtype, m) * sum_dy, what="dbeta")
@@ -231,7 +337,7 @@ def _channels_last(axis, *arrays):
     """Move the channel axes last, where parameters broadcast; return the arrays and those axes."""
     axes = axis if isinstance(axis, tuple) else (axis,)
     last = tuple(range(-len(axes), 0))
-    return *(np.moveaxis(a, axes, last) for a in arrays), last
+    return *(None if a is None else np.moveaxis(a, axes, last) for a in arrays), last
 
 
 def _size(parameter, default):

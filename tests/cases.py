@@ -6,7 +6,11 @@ in its own way, and the buffer it looks at. Channels are on axis 1 where a layou
 
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
+
+FLOATS = [np.dtype(np.float32), np.dtype(np.float64)]
+HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 
 # (N, C, S) around the widths of vectors, runs and tiles; the last ones have channels larger than
 # a core's L2 cache. Every case has m > 1.
@@ -203,12 +207,30 @@ def of_size(size):
     return size[:2] if size[-1] == 1 else size
 
 
+def memory_order(x):
+    """Return the axes of x as they lie in memory, outermost first; None if they do not step on."""
+    if any(s <= 0 for s, n in zip(x.strides, x.shape, strict=True) if n > 1):
+        return None
+    return sorted(range(x.ndim), key=lambda a: -x.strides[a])
+
+
+def new_mask(x):
+    """Return memory for the mask of x, full of bits that nobody has set."""
+    return np.full((x.size + 7) // 8, 0xA5, np.uint8)
+
+
 def normal(rng, shape, dtype, *, mean=0.5, std=2.0):
     return (rng.standard_normal(shape) * std + mean).astype(dtype)
 
 
+def parameter_dtype(dtype):
+    """Return the dtype that gamma and beta have for an x of a dtype."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
 def parameters(rng, shape, dtype):
-    """Return gamma, of either sign, and beta for channels of that shape."""
+    """Return gamma, of either sign, and beta for channels of that shape of an x of that dtype."""
+    dtype = parameter_dtype(dtype)
     return normal(rng, shape, dtype, mean=0.3, std=1.0), normal(rng, shape, dtype)
 
 

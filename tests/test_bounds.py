@@ -6,6 +6,7 @@ forked child and is seen from here as its exit code.
 
 import ctypes
 import faulthandler
+import itertools
 import mmap
 import multiprocessing
 import os
@@ -14,9 +15,8 @@ import warnings
 
 import numpy as np
 import pytest
-from cases import normal, parameters, statistics
-
-import bncpu
+from cases import FLOATS, HALVES, new_mask, normal
+from forms import FORMS, problem, run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
@@ -46,18 +46,15 @@ def guarded(values, at_end):
 
 def call_all(seed, dtype, size, axis, at_end):
     rng = np.random.default_rng(seed)
-    x, dy, out = (guarded(normal(rng, size, dtype), at_end) for _ in range(3))
-    channels = size[axis]
-    mean, var = (guarded(a, at_end) for a in statistics(rng, channels))
-    gamma, beta = (guarded(a, at_end) for a in parameters(rng, channels, dtype))
-    running_mean, running_var = (guarded(np.ones(channels), at_end) for _ in range(2))
-    bncpu.batch_norm_train(
-        *(x, gamma, beta), running_mean=running_mean, running_var=running_var, axis=axis, out=out
+    p = problem(rng, size, dtype, axis)
+    p = p._replace(
+        **{name: guarded(a, at_end) for name, a in p._asdict().items() if name != "axis"}
     )
-    bncpu.batch_norm_infer(x, mean, var, gamma, beta, axis=axis, out=out)
-    bncpu.batch_norm_backward(dy, x, mean, var, gamma, axis=axis, out=out)
-    bncpu.batch_norm_infer_backward(dy, x, mean, var, gamma, axis=axis, out=out)
-    bncpu.batch_moments(x, axis=axis)
+    out, other = (guarded(normal(rng, size, dtype), at_end) for _ in range(2))
+    results = itertools.cycle([out, other])  # dx and dresidual are asked for one after the other
+    mask = guarded(new_mask(p.x), at_end)
+    for form in FORMS.values():
+        run(form, p, out=lambda: next(results), mask=lambda _: mask)
 
 
 def exit_code_of(function, *arguments):
@@ -77,6 +74,7 @@ def call_with_every_size(seed, dtype, axis, at_end):
         call_all(seed, dtype, size, axis, at_end)
 
 
+@pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=str)
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.usefixtures("level")

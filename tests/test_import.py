@@ -33,12 +33,14 @@ PUBLIC = {
 
 SIGNATURES = {
     "batch_norm_train": "x, gamma=None, beta=None, *, running_mean=None, running_var=None, "
-    "momentum=0.1, eps=1e-05, axis=1, out=None, num_threads=None",
-    "batch_norm_infer": "x, mean, var, gamma=None, beta=None, *, eps=1e-05, axis=1, out=None, "
+    "momentum=0.1, eps=1e-05, axis=1, residual=None, activation=None, mask=None, out=None, "
     "num_threads=None",
-    "batch_norm_backward": "dy, x, mean, invstd, gamma=None, *, axis=1, out=None, num_threads=None",
-    "batch_norm_infer_backward": "dy, x, mean, var, gamma=None, *, eps=1e-05, axis=1, out=None, "
-    "num_threads=None",
+    "batch_norm_infer": "x, mean, var, gamma=None, beta=None, *, eps=1e-05, axis=1, "
+    "residual=None, activation=None, mask=None, out=None, num_threads=None",
+    "batch_norm_backward": "dy, x, mean, invstd, gamma=None, beta=None, *, axis=1, "
+    "activation=None, mask=None, residual=False, out=None, num_threads=None",
+    "batch_norm_infer_backward": "dy, x, mean, var, gamma=None, beta=None, *, eps=1e-05, axis=1, "
+    "activation=None, mask=None, residual=False, out=None, num_threads=None",
     "batch_moments": "x, *, axis=1, num_threads=None",
     "linear_map": "mean, var, gamma=None, beta=None, eps=1e-05",
     "fold_into_linear": "weight, bias, mean, var, gamma=None, beta=None, *, eps=1e-05, axis=0",
@@ -46,7 +48,7 @@ SIGNATURES = {
     "set_num_threads": "n",
     "get_num_threads": "",
     "BatchNorm": "num_features, *, eps=1e-05, momentum=0.1, affine=True, "
-    "track_running_stats=True, axis=1, dtype=<class 'numpy.float32'>",
+    "track_running_stats=True, axis=1, activation=None, dtype=<class 'numpy.float32'>",
 }
 
 HEAVY = {

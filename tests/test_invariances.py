@@ -63,6 +63,40 @@ def test_shift_of_the_input(rng):
 
 
 @pytest.mark.parametrize("shape", [(6, 5, 9), (300, 5)], ids=str)
+def test_the_sign_behind_relu_has_no_scale(rng, dtype, shape):
+    """With beta = 0 a power of two on x or on gamma changes no sign, and so no gate."""
+    x, dy = normal(rng, shape, dtype), normal(rng, shape, dtype)
+    gamma, _ = parameters(rng, shape[1], dtype)
+    gates = []
+    for a, b in [(1.0, 1.0), (2.0**10, 1.0), (1.0, 2.0**-9)]:
+        y, mean, invstd = bncpu.batch_norm_train(
+            dtype.type(a) * x, dtype.type(b) * gamma, eps=EPS, activation="relu"
+        )
+        dbeta = bncpu.batch_norm_backward(
+            dy, dtype.type(a) * x, mean, invstd, dtype.type(b) * gamma, activation="relu"
+        ).dbeta
+        gates.append((y != 0, dbeta))
+    for gate, dbeta in gates[1:]:
+        np.testing.assert_array_equal(gate, gates[0][0])
+        np.testing.assert_array_equal(dbeta, gates[0][1])
+
+
+def test_a_residual_is_a_shift_of_each_value(rng, dtype):
+    """One value per channel as a residual is beta; and the gradient of both is the same sum."""
+    x, dy = normal(rng, (6, 5, 9), dtype), normal(rng, (6, 5, 9), dtype)
+    gamma, beta = parameters(rng, 5, dtype)
+    residual = np.broadcast_to(beta[:, None], x.shape)
+    y = bncpu.batch_norm_train(x, gamma, residual=residual)
+    shifted = bncpu.batch_norm_train(x, gamma, beta)
+    limit = tolerance(dtype, 54) * (np.abs(shifted.y) + np.abs(residual) + 10.0)
+    assert_close(y.y, shifted.y.astype(np.float64), limit=limit, what="y")
+    got = bncpu.batch_norm_backward(dy, x, y.mean, y.invstd, gamma, residual=True)
+    sums = got.dresidual.astype(np.float64).sum((0, 2))
+    limit = tolerance(dtype, 54) * np.abs(dy).sum((0, 2))
+    assert_close(got.dbeta, sums, limit=limit, what="dbeta")
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 9), (300, 5)], ids=str)
 def test_identity_can_be_represented(rng, dtype, shape):
     """With gamma = sqrt(var + eps) and beta = mean the input comes back (section 3)."""
     x = normal(rng, shape, dtype)

@@ -7,8 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from accuracy import assert_same_to_rounding
-from cases import normal
+from accuracy import assert_same_but_for_nan, assert_same_to_rounding
+from cases import HALVES
+from forms import FORMS, problem, run
 
 import bncpu
 import bncpu.cpu
@@ -100,16 +101,34 @@ def test_use_level_swaps_the_kernels_and_puts_them_back(level):
     assert bncpu.cpu.level == level
 
 
-def test_levels_agree(rng, dtype):
+@pytest.mark.parametrize("form", FORMS)
+def test_levels_agree(rng, dtype, form):
     """The same sums in other registers: equal to a few roundings, on every level."""
-    x = normal(rng, (7, 33, 65), dtype)
+    p = problem(rng, (7, 33, 65), dtype)
     results = []
     for name in bncpu.cpu.runnable_levels():
         with bncpu.cpu.use_level(name):
-            results.append(bncpu.batch_norm_train(x))
-    y, mean, invstd = results[0]
-    how = {"dtype": dtype, "m": x.size // 33}
+            results.append(run(FORMS[form], p))
+    y, mean, invstd = (results[0][f"train {name}"] for name in ("y", "mean", "invstd"))
+    how = {"dtype": dtype, "m": p.x.size // 33}
+    size = np.abs(y) + np.abs(p.residual) + np.abs(p.beta).max() + 1.0
     for result in results[1:]:
-        assert_same_to_rounding(result.y, y, size=np.abs(y) + 1.0, what="y", **how)
-        assert_same_to_rounding(result.mean, mean, size=1.0 / invstd, what="mean", **how)
-        assert_same_to_rounding(result.invstd, invstd, size=invstd, what="invstd", **how)
+        assert_same_to_rounding(result["train y"], y, size=size, what="y", **how)
+        assert_same_to_rounding(result["train mean"], mean, size=1.0 / invstd, what="mean", **how)
+        assert_same_to_rounding(result["train invstd"], invstd, size=invstd, what="invstd", **how)
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_levels_convert_alike(rng, half):
+    """float16 and bfloat16 are converted by instructions or by hand: without sums, the same bits.
+
+    With a scale of a power of two and no shift no level rounds but at the end.
+    """
+    x = rng.integers(0, 2**16, (3, 5, 171), dtype=np.uint16).view(half)
+    mean, var, gamma = np.zeros(5), np.ones(5), np.float32([1.0, -0.5, 2.0**-9, 4.0, 1.0])
+    results = []
+    for name in bncpu.cpu.runnable_levels():
+        with bncpu.cpu.use_level(name):
+            results.append(bncpu.batch_norm_infer(x, mean, var, gamma, eps=0.0))
+    for y in results[1:]:
+        assert_same_but_for_nan(y, results[0], "y")

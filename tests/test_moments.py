@@ -172,3 +172,28 @@ def test_population_statistics_of_a_stream(rng, dtype):
 def test_merging_different_channels_is_refused():
     with pytest.raises(ValueError, match=r"\(3,\).*\(4,\)|\(4,\).*\(3,\)"):
         bncpu.batch_moments(np.ones((2, 3))).merge(bncpu.batch_moments(np.ones((2, 4))))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kept"),
+    [((1, 3, 4096), 4096), ((2, 3, 2048), 2048), ((130, 3, 64, 3), 2), ((8, 3, 2048, 9), 7)],
+    ids=str,
+)
+def test_values_that_repeat(rng, dtype, shape, kept):
+    """Integers, as images have: their rounding errors have one sign; a long chain shows them."""
+    for _ in range(5):
+        x = np.rint(rng.normal(0.5, 2.0, shape)).astype(dtype)[..., :kept]
+        assert_moments(bncpu.batch_moments(x), x)
+
+
+@pytest.mark.parametrize(
+    ("shape", "cut"),
+    [((128, 5), np.s_[:4]), ((128, 3, 49), np.s_[:4]), ((1, 2, 4096), np.s_[0, :, :256])],
+    ids=str,
+)
+def test_outliers_come_first(rng, dtype, shape, cut):
+    """Sums about a pivot lose (pivot - mean)^2 / var of their digits: one far off is noticed."""
+    for _ in range(5):
+        x = rng.standard_normal(shape).astype(dtype)
+        x[cut] += 100
+        assert_moments(bncpu.batch_moments(x), x)

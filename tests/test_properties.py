@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from accuracy import (
     EPS64,
-    assert_backward,
-    assert_infer,
-    assert_infer_backward,
+    assert_mask,
     assert_moments,
     assert_running,
     assert_same_bits,
     assert_train,
 )
+from cases import FLOATS, HALVES, parameter_dtype
+from forms import FORMS, Problem, run, run_and_check
 from hypothesis import example, given
 from hypothesis.extra import numpy as hnp
 
@@ -23,7 +23,8 @@ import bncpu.cpu
 from bncpu import reference
 
 LEVELS = st.sampled_from(bncpu.cpu.runnable_levels())
-DTYPES = st.sampled_from([np.dtype(np.float32), np.dtype(np.float64)])
+DTYPES = st.sampled_from(FLOATS)
+MIB = 1 << 20
 
 
 @st.composite
@@ -67,53 +68,62 @@ def channel_shape(shape, axis):
 
 @st.composite
 def problems(draw):
-    """Draw dtype, axis, and arrays: x and dy as views, and one value per channel of the rest."""
-    dtype = draw(DTYPES)
+    """Draw dtype, axis, and arrays: large ones as views, and one value per channel of the rest.
+
+    mean and var are those of x, nearly, whatever size it has.
+    """
+    dtype = draw(st.sampled_from([*FLOATS, *HALVES]))
     shape = draw(shapes())
     axis = draw(axes_of(len(shape)))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     scale = draw(st.sampled_from([1.0, 1.0, 1e-3, 1e4]))
     offset = draw(st.sampled_from([0.0, 0.0, 3.0, 1e3, -1e5])) * scale
-    x, dy = draw(views(shape, dtype)), draw(views(shape, dtype))
-    x[...] = random.standard_normal(shape) * scale + offset
-    dy[...] = random.standard_normal(shape)
-    channels = channel_shape(shape, axis)
-    gamma = random.standard_normal(channels).astype(dtype) if draw(st.booleans()) else None
-    beta = random.standard_normal(channels).astype(dtype) if draw(st.booleans()) else None
-    return dtype, axis, x, dy, gamma, beta
+    dy, x, residual = (draw(views(shape, dtype)) for _ in range(3))
+    values = random.standard_normal(shape) * scale + offset
+    x[...] = np.clip(values, -6e4, 6e4) if dtype == np.float16 else values
+    dy[...], residual[...] = random.standard_normal(shape), random.standard_normal(shape)
+    moments = reference.batch_moments(x, axis=axis)
+    mean, var = moments.mean, moments.m2 / max(moments.count, 1) + 0.01
+    channels, kind = channel_shape(shape, axis), parameter_dtype(dtype)
+    gamma = random.standard_normal(channels).astype(kind) if draw(st.booleans()) else None
+    beta = random.standard_normal(channels).astype(kind) if draw(st.booleans()) else None
+    return Problem(dy, x, residual, mean, var, gamma, beta, axis)
 
 
-def new_output(data, x):
-    return data.draw(st.one_of(st.none(), views(x.shape, x.dtype)))
+@given(LEVELS, st.sampled_from(list(FORMS.values())), problems(), st.data())
+def test_all_functions(level, form, p, data):
+    before = [a.copy() for a in p[:3]]
+    trains = p.x.size == 0 or reference.batch_moments(p.x, axis=p.axis).count > 1
 
+    def out():
+        return data.draw(st.one_of(st.none(), views(p.x.shape, p.x.dtype)))
 
-@given(LEVELS, problems(), st.data())
-def test_all_functions(level, problem, data):
-    dtype, axis, x, dy, gamma, beta = problem
-    before = x.copy(), dy.copy()
     with bncpu.cpu.use_level(level):
-        moments = bncpu.batch_moments(x, axis=axis)
-        truth = assert_moments(moments, x, axis=axis)
-        mean, var = truth.mean, truth.m2 / max(truth.count, 1) + 0.01
-        y = bncpu.batch_norm_infer(x, mean, var, gamma, beta, axis=axis, out=new_output(data, x))
-        assert_infer(y, x, mean, var, gamma, beta, axis=axis)
-        got = bncpu.batch_norm_infer_backward(
-            dy, x, mean, var, gamma, axis=axis, out=new_output(data, x)
-        )
-        assert_infer_backward(got, dy, x, mean, var, gamma, axis=axis)
-        if truth.count == 1 and x.size > 0:
+        run_and_check(form, p, out=out, train=trains)
+        if not trains:
             with pytest.raises(ValueError, match=r"^x: .*batch_norm_infer"):
-                bncpu.batch_norm_train(x, gamma, beta, axis=axis)
-            return
-        trained = bncpu.batch_norm_train(x, gamma, beta, axis=axis, out=new_output(data, x))
-        batch = assert_train(trained, x, gamma, beta, axis=axis)
-        got = bncpu.batch_norm_backward(
-            dy, x, batch.mean, batch.invstd, gamma, axis=axis, out=new_output(data, x)
-        )
-        assert_backward(got, dy, x, batch.mean, batch.invstd, gamma, axis=axis)
-    assert got.dx.dtype == dtype
-    assert_same_bits(x, before[0], "x")
-    assert_same_bits(dy, before[1], "dy")
+                bncpu.batch_norm_train(p.x, p.gamma, p.beta, axis=p.axis)
+    for a, b in zip(p[:3], before, strict=True):
+        assert_same_bits(a, b)
+
+
+@given(LEVELS, problems(), st.integers(2, 7), st.data())
+def test_signs_agree(level, p, threads, data):
+    """A mask, the recomputed sign and y tell the same, through whatever strides and threads."""
+    if p.x.size == 0 or reference.batch_moments(p.x, axis=p.axis).count == 1:
+        return
+    # Values on a grid, for results that are 0, or would be but for a rounding.
+    p.x[...] = np.rint(p.x.astype(np.float64))
+    with bncpu.cpu.use_level(level):
+        bncpu.cpu.kernels.set_cache_sizes(*data.draw(st.sampled_from([(4096, 4096), (MIB, MIB)])))
+        got = run(FORMS["relu with mask"], p, num_threads=threads)
+        bncpu.cpu.load_level(level)
+        expected = run(FORMS["relu"], p, num_threads=1)
+    for name, a in expected.items():
+        if a is not None:
+            assert_same_bits(got[name], a, name)
+    for which in ("train", "infer"):
+        assert_mask(got[f"{which} mask"], p.x, got[f"{which} y"])
 
 
 # Values whose squares float64 can hold: below, the truth has no variance to measure an error by.

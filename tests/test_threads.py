@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import threadpoolctl
-from accuracy import assert_same_bits
-from cases import lay, normal, parameters
+from accuracy import assert_mask, assert_same_bits
+from cases import FLOATS, HALVES, new_mask, normal
+from forms import EVERYTHING, PLAIN, RELU, SOME_FORMS, assert_same_results, run
+from forms import problem as problem_of
 
 import bncpu
 
@@ -38,57 +40,54 @@ SHAPES = {
 }
 
 
-def everything(dy, x, gamma, beta, axis, **threads):
-    """Return every array that the public functions compute from x and dy."""
-    running_mean, running_var = np.zeros_like(gamma), np.ones_like(gamma)
-    trained = bncpu.batch_norm_train(
-        x, gamma, beta, running_mean=running_mean, running_var=running_var, axis=axis, **threads
-    )
-    mean, invstd = np.full(gamma.shape, 0.5), np.full(gamma.shape, 0.4)
-    moments = bncpu.batch_moments(x, axis=axis, **threads)
-    return {
-        **{f"train {name}": a for name, a in trained._asdict().items()},
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "infer y": bncpu.batch_norm_infer(x, mean, invstd, gamma, beta, axis=axis, **threads),
-        **{
-            f"{function.__name__} {name}": a
-            for function in (bncpu.batch_norm_backward, bncpu.batch_norm_infer_backward)
-            for name, a in function(dy, x, mean, invstd, gamma, axis=axis, **threads)
-            ._asdict()
-            .items()
-        },
-        "moments mean": moments.mean,
-        "moments m2": moments.m2,
-    }
-
-
 def problem(rng, which, dtype=np.float32):
     shape, axis, layout = SHAPES[which]
-    x, dy = normal(rng, shape, dtype), normal(rng, shape, dtype)
-    return lay(layout, dy), lay(layout, x), *parameters(rng, shape[axis], dtype), axis
+    return problem_of(rng, shape, np.dtype(dtype), axis, layout)
 
 
 @pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=str)
 @pytest.mark.parametrize("which", SHAPES)
 def test_any_number_gives_the_same_bits(rng, dtype, which):
-    arrays = problem(rng, which, dtype)
-    expected = everything(*arrays, num_threads=NUMBERS[0])
-    for number in NUMBERS[1:]:
-        got = everything(*arrays, num_threads=number)
-        for name, a in got.items():
-            assert_same_bits(a, expected[name], f"{name} on {number} threads")
+    p = problem(rng, which, dtype)
+    for form in SOME_FORMS[dtype.name]:
+        expected = run(form, p, num_threads=NUMBERS[0])
+        # For time's sake not all of them at a time.
+        for number in rng.permutation(NUMBERS[1:])[: 2 if dtype == np.float32 else 1]:
+            got = run(form, p, num_threads=number)
+            assert_same_results(got, expected, f"on {number} threads")
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((20_001, 3, 7), 1), ((3, 20_001, 7), 1), ((9, 3, 28_001), 1), ((20_001, 33), -1)],
+    ids=str,
+)
+def test_threads_share_the_bytes_of_a_mask(rng, dtype, shape, axis):
+    """Rows that begin and end within a byte: two threads set bits of one, and none is lost."""
+    x = rng.integers(-1, 2, shape).astype(dtype)
+    mean, var = np.zeros(shape[axis]), np.ones(shape[axis])
+    y = np.empty_like(x)
+    for number in (2, 3, 7) * 3:
+        mask = new_mask(x)
+        fused = {"activation": "relu", "mask": mask, "axis": axis, "num_threads": number}
+        bncpu.batch_norm_infer(x, mean, var, out=y, **fused)
+        assert_mask(mask, x, y)
+        mask[...] = 0xFF
+        bncpu.batch_norm_train(x, out=y, **fused)
+        assert_mask(mask, x, y)
 
 
 @pytest.mark.usefixtures("default_threads")
 def test_set_num_threads(rng):
-    arrays = problem(rng, "many")
-    expected = everything(*arrays)
+    p = problem(rng, "many")
+    expected = run(EVERYTHING, p)
     for number in NUMBERS:
         bncpu.set_num_threads(number)
         assert bncpu.get_num_threads() == number
-        for name, a in everything(*arrays).items():
-            assert_same_bits(a, expected[name], f"{name} on {number} threads")
+        assert_same_results(run(EVERYTHING, p), expected, f"on {number} threads")
     bncpu.set_num_threads(None)
     assert bncpu.get_num_threads() >= 1
 
@@ -257,16 +256,19 @@ def test_the_gil_is_released(rng, number):
 def test_concurrent_calls(rng):
     """Calls from several Python threads, of different sizes and numbers of threads, at once."""
     names = ["many", "few", "columns", "three"]
+    forms = [PLAIN, RELU, EVERYTHING]
     problems = {name: problem(rng, name) for name in names}
-    expected = {name: everything(*problems[name], num_threads=1) for name in names}
+    expected = {
+        (name, form): run(form, problems[name], num_threads=1) for name in names for form in forms
+    }
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         futures = [
-            (name, pool.submit(everything, *problems[name], num_threads=1 + i % 3))
-            for i, name in enumerate(names * 3)
+            ((name, form), pool.submit(run, form, problems[name], num_threads=1 + i % 3))
+            for i, name in enumerate(names)
+            for form in forms
         ]
-        for name, future in futures:
-            for what, a in future.result(timeout=120).items():
-                assert_same_bits(a, expected[name][what], f"{name}: {what}")
+        for which, future in futures:
+            assert_same_results(future.result(timeout=120), expected[which], str(which))
 
 
 def test_concurrent_small_calls(rng):
@@ -282,9 +284,12 @@ def test_concurrent_small_calls(rng):
                 assert_same_bits(y, expected[i])
 
 
-def _in_a_child(pipe, arrays):
-    bits = {name: a.tobytes() for name, a in everything(*arrays).items()}
-    pipe.send((bncpu.get_num_threads(), bits))
+def _bits(results):
+    return {name: a.tobytes() for name, a in results.items() if a is not None}
+
+
+def _in_a_child(pipe, p):
+    pipe.send((bncpu.get_num_threads(), _bits(run(EVERYTHING, p))))
     pipe.close()
 
 
@@ -292,11 +297,11 @@ def _in_a_child(pipe, arrays):
 @pytest.mark.parametrize("which", ["many", "few"])
 def test_a_forked_child_computes_and_does_not_hang(rng, which):
     """Threads of OpenMP do not survive a fork; a child that waits for them waits forever."""
-    arrays = problem(rng, which)
-    expected = everything(*arrays, num_threads=2)  # the parent's team exists from here on
+    p = problem(rng, which)
+    expected = run(EVERYTHING, p, num_threads=2)  # the parent's team exists from here on
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_in_a_child, args=(sender, arrays))
+    child = context.Process(target=_in_a_child, args=(sender, p))
     with warnings.catch_warnings():
         # What Python 3.12 warns of is what is tested here.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -313,10 +318,9 @@ def test_a_forked_child_computes_and_does_not_hang(rng, which):
         receiver.close()
         sender.close()
     assert number == 1
-    assert bits == {name: a.tobytes() for name, a in expected.items()}
+    assert bits == _bits(expected)
     # And the parent still has its threads.
-    for name, a in everything(*arrays, num_threads=2).items():
-        assert_same_bits(a, expected[name], name)
+    assert_same_results(run(EVERYTHING, p, num_threads=2), expected)
 
 
 @pytest.mark.usefixtures("default_threads")

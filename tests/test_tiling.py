@@ -6,10 +6,9 @@ the results are the same to the bit.
 """
 
 import hypothesis.strategies as st
-import numpy as np
 import pytest
-from accuracy import assert_same_bits
-from cases import ROWS_OF_CHANNELS, SIZES, Output, normal, of_size, parameters
+from cases import FLOATS, HALVES, ROWS_OF_CHANNELS, SIZES, Output, of_size
+from forms import FORMS, SOME_FORMS, assert_same_results, problem, run
 from hypothesis import given
 from test_bounds import call_with_every_size, exit_code_of
 
@@ -34,59 +33,94 @@ def other_caches(request, level):
     bncpu.cpu.load_level(level)
 
 
-def all_results(x, dy, gamma, beta, axis, **options):
-    mean, invstd = np.full(gamma.shape, 0.5), np.full(gamma.shape, 0.4)
-    moments = bncpu.batch_moments(x, axis=axis, **options)
-    return [
-        *bncpu.batch_norm_train(x, gamma, beta, axis=axis, **options),
-        bncpu.batch_norm_infer(x, mean, invstd, gamma, beta, axis=axis, **options),
-        *bncpu.batch_norm_backward(dy, x, mean, invstd, gamma, axis=axis, **options),
-        *bncpu.batch_norm_infer_backward(dy, x, mean, invstd, gamma, axis=axis, **options),
-        *(moments.mean, moments.m2),
-    ]
-
-
+@pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=str)
 @pytest.mark.parametrize("axis", [1, -1])
-@pytest.mark.parametrize("name", CACHES)
-def test_caches_do_not_change_results(rng, level, dtype, name, axis):
+def test_caches_do_not_change_results(rng, level, dtype, axis):
     for size in SIZES if axis == 1 else ROWS_OF_CHANNELS:
-        shape = of_size(size)
-        x, dy = normal(rng, shape, dtype), normal(rng, shape, dtype)
-        arrays = x, dy, *parameters(rng, shape[axis], dtype), axis
-        expected = all_results(*arrays, num_threads=1)
-        for threads in (1, 3):
-            try:
-                bncpu.cpu.kernels.set_cache_sizes(*CACHES[name])
-                got = all_results(*arrays, num_threads=threads)
-            finally:
-                bncpu.cpu.load_level(level)
-            for a, b in zip(got, expected, strict=True):
-                assert_same_bits(a, b, f"{size} with {threads} threads")
+        p = problem(rng, of_size(size), dtype, axis)
+        for form in SOME_FORMS[dtype.name]:
+            expected = run(form, p, num_threads=1)
+            for name, threads in [("tiny", 1), ("tiny", 3), ("small", 3), ("vast", 3)]:
+                try:
+                    bncpu.cpu.kernels.set_cache_sizes(*CACHES[name])
+                    got = run(form, p, num_threads=threads)
+                finally:
+                    bncpu.cpu.load_level(level)
+                assert_same_results(got, expected, f"of {size}, {name}, with {threads} threads")
 
 
+@pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=str)
 @pytest.mark.parametrize("layout", ["c", "off_by_an_item", "cropped", "channels_cut", "reversed"])
 @pytest.mark.parametrize("shape", [(3, 17, 33), (4, 5, 2049), (65, 33), (2, 3, 9, 31)], ids=str)
 @pytest.mark.usefixtures("other_caches")
 def test_outputs_past_the_caches(rng, dtype, layout, shape):
     """Streaming stores want whole aligned vectors; what surrounds an output is not theirs."""
-    x, dy = normal(rng, shape, dtype), normal(rng, shape, dtype)
-    gamma, beta = parameters(rng, shape[1], dtype)
-    for function, arrays in [
-        (bncpu.batch_norm_train, (x, gamma, beta)),
-        (bncpu.batch_norm_backward, (dy, x, np.zeros(shape[1]), np.ones(shape[1]), gamma)),
-    ]:
-        output = Output(layout, shape, dtype)
-        function(*arrays, out=output.array)
-        assert_same_bits(output.array, function(*arrays)[0])
-        output.assert_only_inside()
+    p = problem(rng, shape, dtype)
+    for form in FORMS.values():
+        outputs = []
+
+        def new(outputs=outputs):
+            outputs.append(Output(layout, shape, dtype))
+            return outputs[-1].array
+
+        assert_same_results(run(form, p, out=new), run(form, p))
+        for output in outputs:
+            output.assert_only_inside()
 
 
+@pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=str)
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
 @pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("other_caches", ["tiny"], indirect=True)  # where everything is streamed
 @pytest.mark.usefixtures("other_caches")
 def test_no_access_outside(rng, dtype, axis, at_end):
     seed = int(rng.integers(2**32))
     assert exit_code_of(call_with_every_size, seed, dtype, axis, at_end) == 0
+
+
+KIB, MIB = 1 << 10, 1 << 20
+# L2 of one core and L3 of them all: many cores with little each and a large L3, the same with none
+# (l3 = l2), cores with a large L2, and desktops.
+MACHINES = {
+    "small L2": (256 * KIB, 40 * MIB),
+    "small L2 and nothing behind": (256 * KIB, 256 * KIB),
+    "desktop": (512 * KIB, 32 * MIB),
+    "server": (MIB, 32 * MIB),
+    "large L2": (2 * MIB, 60 * MIB),
+    "large L2 and nothing behind": (2 * MIB, 2 * MIB),
+    "tiny": (4096, 4096),
+}
+# (columns, rows, channels, run): feature maps of ResNet for a batch of 32, and rows of features.
+PROBLEMS = {
+    "64 x 112 x 112": (False, 32, 64, 12544),
+    "256 x 56 x 56": (False, 32, 256, 3136),
+    "512 x 28 x 28": (False, 32, 512, 784),
+    "1024 x 14 x 14": (True, 32, 1024, 196),
+    "2048 x 7 x 7": (True, 32, 2048, 49),
+    "one image": (False, 1, 64, 12544),
+    "features": (True, 4096, 1024, 1),
+    "few features": (True, 1_000_000, 8, 1),
+    "one channel": (False, 1, 1, 1 << 24),
+}
+
+
+def check_plan(plan, columns, rows, channels, run, *, threads, **_):
+    """Check what holds for every problem on every machine."""
+    assert plan["outer_threads"] >= 1
+    assert plan["inner_threads"] >= 1
+    assert plan["outer_threads"] * plan["inner_threads"] <= threads
+    assert min(plan["outer_threads"], plan["inner_threads"]) == 1
+    assert 1 <= plan["unit_channels"] <= plan["tile_channels"] <= channels
+    assert (plan["tiles"] - 1) * plan["tile_channels"] < channels
+    assert plan["tiles"] * plan["tile_channels"] >= channels
+    assert plan["outer_threads"] <= plan["tiles"]
+
+    assert 1 <= plan["parts"] <= plan["pieces"]
+    assert plan["segments"] >= 1
+    assert plan["pieces"] == -(-rows // plan["piece_rows"]) * plan["segments"]
+    # The grid of partial sums is the shape's own.
+    default = bncpu.cpu.kernels.tile_plan(columns, rows, channels, run)
+    assert {k: plan[k] for k in GRID} == {k: default[k] for k in GRID}
 
 
 @given(
@@ -96,8 +130,9 @@ def test_no_access_outside(rng, dtype, axis, at_end):
     run=sizes,
     machine=st.fixed_dictionaries(
         {
-            "itemsize": st.sampled_from([4, 8]),
-            "inputs": st.sampled_from([1, 2]),
+            "itemsize": st.sampled_from([2, 4, 8]),
+            "inputs": st.sampled_from([1, 2, 3]),
+            "passes": st.sampled_from([1, 2]),
             "threads": st.integers(1, 200),
             "l2": st.sampled_from([4096, 1 << 18, 1 << 20, 1 << 22]),
             "l3": st.sampled_from([4096, 1 << 23, 1 << 28]),
@@ -109,18 +144,27 @@ def test_plans(columns, rows, channels, run, machine):
     if columns:
         run = min(run, 512)
     plan = bncpu.cpu.kernels.tile_plan(columns, rows, channels, run, **machine)
-    assert plan["outer_threads"] >= 1
-    assert plan["inner_threads"] >= 1
-    assert plan["outer_threads"] * plan["inner_threads"] <= machine["threads"]
-    assert 1 <= plan["unit_channels"] <= plan["tile_channels"]
-    assert (plan["tiles"] - 1) * plan["tile_channels"] < channels
-    assert plan["tiles"] * plan["tile_channels"] >= channels
+    check_plan(plan, columns, rows, channels, run, **machine)
 
-    assert 1 <= plan["parts"] <= plan["pieces"]
-    assert plan["segments"] >= 1
-    assert plan["pieces"] == -(-rows // plan["piece_rows"]) * plan["segments"]
-    default = bncpu.cpu.kernels.tile_plan(columns, rows, channels, run)
-    assert {k: plan[k] for k in GRID} == {k: default[k] for k in GRID}
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("which", PROBLEMS)
+@pytest.mark.parametrize("threads", [1, 2, 8, 64])
+@pytest.mark.parametrize(("itemsize", "inputs"), [(4, 1), (4, 2), (2, 1), (8, 2)])
+def test_plans_of_machines(machine, which, threads, itemsize, inputs):
+    """No thread that has a megabyte to read is idle, and what can stay in its caches does."""
+    l2, l3 = MACHINES[machine]
+    _, rows, channels, run = PROBLEMS[which]
+    machine = {"itemsize": itemsize, "inputs": inputs, "threads": threads, "l2": l2, "l3": l3}
+    plan = bncpu.cpu.kernels.tile_plan(*PROBLEMS[which], **machine)
+    check_plan(plan, *PROBLEMS[which], **machine)
+    channel = rows * run * itemsize * inputs
+    used = plan["outer_threads"] * plan["inner_threads"]
+    assert used >= min(threads, channels * channel // MIB)
+    if plan["inner_threads"] == 1 and 2 * channel * plan["unit_channels"] <= l2:
+        # In a core's own L2, or all tiles together in the L3.
+        tile = plan["tile_channels"] * channel
+        assert tile <= l2 or tile * used <= l3
 
 
 def test_streaming_is_for_large_results():

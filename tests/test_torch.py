@@ -14,7 +14,8 @@ from accuracy import (
     assert_same_to_rounding,
     assert_train,
 )
-from cases import normal, parameters, statistics
+from cases import HALVES, normal, parameters, statistics
+from forms import EVERYTHING, RELU, problem, run_and_check
 
 import bncpu
 from bncpu import reference
@@ -61,7 +62,7 @@ def test_training(rng, shape):
     )
     batch = ours.mean, ours.invstd
     gradients = bncpu.batch_norm_backward(dy, x, *batch, gamma)
-    their_gradients = bncpu.Gradients(*(guest.grad.numpy() for guest in guests))
+    their_gradients = bncpu.Gradients(*(guest.grad.numpy() for guest in guests), None)
     for y in (ours.y, theirs.detach().numpy()):
         assert_train(ours._replace(y=y), x, gamma, beta)
     for mean, var in [(running_mean, running_var), (their_mean.numpy(), their_var.numpy())]:
@@ -87,9 +88,67 @@ def test_inference(rng, shape):
         size=folded_size(x, mean, var, gamma, beta, eps=1e-3),
     )
     ours = bncpu.batch_norm_infer_backward(dy, x, mean, var, gamma, eps=1e-3)
-    their_gradients = bncpu.Gradients(*(guest.grad.numpy() for guest in guests))
+    their_gradients = bncpu.Gradients(*(guest.grad.numpy() for guest in guests), None)
     for either in (ours, their_gradients):
         assert_infer_backward(either, dy, x, mean, var, gamma, eps=1e-3)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fused(rng, shape, with_residual, trains):
+    """relu(batch_norm(x) + residual), and what autograd makes of it."""
+    p = problem(rng, shape, np.dtype(np.float64))
+    names = ["x", "gamma", "beta", *(["residual"] if with_residual else [])]
+    guests = {name: torch.tensor(getattr(p, name), requires_grad=True) for name in names}
+    theirs = torch.nn.functional.batch_norm(
+        guests["x"],
+        *(None if trains else torch.tensor(a) for a in (p.mean, p.var)),
+        *(guests["gamma"], guests["beta"]),
+        training=trains,
+    )
+    theirs = torch.relu(theirs + guests["residual"] if with_residual else theirs)
+    theirs.backward(torch.tensor(p.dy))
+    form = EVERYTHING if with_residual else RELU
+    ours = run_and_check(form, p)
+    which = "train" if trains else "infer"
+    their_gradients = bncpu.Gradients(
+        *(guests[name].grad.numpy() for name in ("x", "gamma", "beta")),
+        guests["residual"].grad.numpy() if with_residual else None,
+    )
+    # Both sides against the truth, by the one tolerance; nobody's z is near enough to 0 to differ.
+    passes = theirs.detach().numpy() != 0
+    np.testing.assert_array_equal(ours[f"{which} y"] != 0, passes)
+    forward = {"residual": p.residual if with_residual else None, "activation": "relu"}
+    their_y = theirs.detach().numpy()
+    if trains:
+        batch = ours["train mean"], ours["train invstd"]
+        assert_train(bncpu.TrainResult(their_y, *batch), p.x, p.gamma, p.beta, **forward)
+        assert_backward(their_gradients, p.dy, p.x, *batch, p.gamma, passes=passes)
+    else:
+        size = folded_size(p.x, p.mean, p.var, p.gamma, p.beta, 1e-5) + np.abs(p.residual)
+        close(ours["infer y"], their_y, m=1, size=size)
+        assert_infer_backward(their_gradients, p.dy, p.x, p.mean, p.var, p.gamma, passes=passes)
+
+
+def test_half_tensors_are_viewed(rng):
+    """NumPy and PyTorch both have float16."""
+    x = normal(rng, (4, 5, 7), np.float16)
+    got = bncpu.batch_norm_train(torch.tensor(x), activation="relu")
+    assert_same_bits(got.y, bncpu.batch_norm_train(x, activation="relu").y)
+    assert got.y.dtype == np.float16
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_conversions(rng, half):
+    """PyTorch's rounding of float32 to its half types is that of the kernels."""
+    bits = rng.integers(0, 2**32, 20_000, dtype=np.uint32)
+    values = bits.view(np.float32)
+    values = values[np.isfinite(values)]
+    ones, zeros = np.ones((1, len(values), 1), half), np.zeros(len(values))
+    got = bncpu.batch_norm_infer(ones, zeros, zeros + 1.0, values, eps=0.0)
+    theirs = torch.tensor(values).to(getattr(torch, half.name))
+    np.testing.assert_array_equal(got.reshape(-1).astype(np.float32), theirs.float().numpy())
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
