@@ -5,12 +5,14 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_OUT ?= demo
+BENCH_OUT ?= bench
+BENCH_ARGS ?=
 MINIMUM := 3.11
 
 BIN := $(VENV)/bin
 NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard bncpu/cpu/*.pyx bncpu/cpu/*.hpp)
 OURS := bncpu tests benchmarks setup.py
-CPP := $(wildcard bncpu/cpu/*.hpp)
+CPP := $(wildcard bncpu/cpu/*.hpp benchmarks/*.cpp)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench lint format wheel clean
@@ -26,8 +28,12 @@ demo: $(VENV)/.installed ## train the paper's network on handwritten digits with
 test: $(VENV)/.installed ## run all tests (PYTEST_ARGS="-k layouts -x" narrows them)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: $(VENV)/.installed ## run the benchmark suite
-	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+bench: $(VENV)/.installed ## measure against all peers: JSON and figures into bench/ (BENCH_ARGS=--quick: sooner)
+	mkdir -p $(BENCH_OUT)
+	$(BIN)/python -m pytest benchmarks --benchmark-json=$(BENCH_OUT)/operations.json \
+	  --benchmark-max-time=0.3 --benchmark-columns=median,iqr,rounds $(BENCH_ARGS) $(PYTEST_ARGS)
+	$(BIN)/python benchmarks/figures.py --out $(BENCH_OUT) $(BENCH_ARGS)
+	@echo "measurements and figures: $(BENCH_OUT)/"
 
 lint: $(VENV)/.installed-dev ## check style, types, imports and the C++ and Cython sources
 	$(BIN)/ruff check $(OURS)
@@ -46,7 +52,7 @@ wheel: $(VENV)/.installed-dev ## build the sdist and, from it, the wheel into di
 	$(BIN)/python -m build
 
 clean: ## remove everything that was made here
-	rm -rf $(VENV) build dist $(DEMO_OUT) *.egg-info .benchmarks .coverage .hypothesis .*_cache
+	rm -rf $(VENV) build dist $(DEMO_OUT) $(BENCH_OUT) *.egg-info .benchmarks .coverage .hypothesis .*_cache
 	rm -f bncpu/cpu/*.so bncpu/cpu/*.pyd
 	find bncpu tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 

@@ -19,8 +19,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 import bncpu
+from bncpu import bench as measuring
 from bncpu import data, nn
 from bncpu.atomic import check_writable
+from bncpu.bench import options
 from bncpu.experiments import EXPERIMENTS
 from bncpu.experiments.results import (
     new_figure,
@@ -132,21 +134,8 @@ def parser() -> Parser:
 
     command("info", info, "print what this installation runs on", "  bncpu info")
 
-    sub = command(
-        "bench",
-        bench,
-        "measure batch normalisation against NumPy and a streaming copy",
-        "  bncpu bench --quick\n  bncpu bench --threads 4 --dtype float64 --json speed.json",
-    )
-    sub.add_argument("--quick", action="store_true", help="fewer repetitions: seconds, not minutes")
-    sub.add_argument("--threads", type=positive, metavar="N", help="default: as `bncpu info` says")
-    sub.add_argument(
-        "--dtype",
-        choices=("float32", "float64"),
-        default="float32",
-        help="of the arrays (default: float32)",
-    )
-    sub.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there too")
+    sub = command("bench", bench, options.SUMMARY, options.EXAMPLES)
+    options.add_arguments(sub, positive)
 
     sub = command(
         "train",
@@ -263,12 +252,21 @@ def info(_: argparse.Namespace) -> None:
 
 def bench(args: argparse.Namespace) -> None:
     """Run the benchmark."""
-    import bncpu.bench  # not before it is asked for: the other commands need none of it
-
-    if args.json:
-        check_writable(args.json)
-    bncpu.bench.run(
-        quick=args.quick, num_threads=args.threads, dtype=args.dtype, json_path=args.json
+    for path in (args.json, args.plot):
+        if path:
+            check_writable(path)
+    measuring.run(
+        shapes=args.shape,
+        operations=args.op,
+        dtype=args.dtype,
+        layout=args.layout,
+        num_threads=args.threads,
+        level=args.level,
+        against=args.against,
+        quick=args.quick,
+        in_cache=args.in_cache,
+        json_path=args.json,
+        plot_path=args.plot,
     )
 
 

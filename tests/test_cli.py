@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from importlib.metadata import version
 
 import numpy as np
@@ -13,7 +12,8 @@ import threadpoolctl
 from PIL import Image
 
 import bncpu
-from bncpu import cli, experiments, nn
+from bncpu import bench, cli, experiments, nn
+from bncpu.bench import measure
 
 TRAIN = ["train", "--hidden", "20", "--steps", "30", "--no-progress"]
 
@@ -70,18 +70,57 @@ def test_info(capsys):
 
 def test_bench_hands_over_its_arguments(monkeypatch, tmp_path):
     calls = []
-    module = types.ModuleType("bncpu.bench")
-    module.run = lambda **options: calls.append(options)
-    monkeypatch.setitem(sys.modules, "bncpu.bench", module)
-    monkeypatch.setattr(bncpu, "bench", module, raising=False)
+    monkeypatch.setattr(bench, "run", lambda **options: calls.append(options))
     assert run("bench") == 0
-    file = tmp_path / "speed.json"
-    options = ["--quick", "--threads", 2, "--dtype", "float64", "--json", file]
-    assert run("bench", *options) == 0
-    assert calls == [
-        {"quick": False, "num_threads": None, "dtype": "float32", "json_path": None},
-        {"quick": True, "num_threads": 2, "dtype": "float64", "json_path": file},
-    ]
+    file, picture = tmp_path / "speed.json", tmp_path / "speed.png"
+    options = ["--quick", "--threads", 2, "--dtype", "float16", "--json", file, "--plot", picture]
+    options += ["--shape", "8,3", "--shape", "2,3,4,5", "--layout", "nhwc", "--in-cache"]
+    options += ["--op", "train,infer", "--op", "moments", "--against", "torch,numpy"]
+    assert run("bench", *options, "--level", bncpu.cpu.level) == 0
+    assert run("bench", "--against", "none") == 0
+    default = {
+        "shapes": None,
+        "operations": None,
+        "dtype": "float32",
+        "layout": "nchw",
+        "num_threads": None,
+        "level": None,
+        "against": None,
+        "quick": False,
+        "in_cache": False,
+        "json_path": None,
+        "plot_path": None,
+    }
+    given = {
+        "shapes": [(8, 3), (2, 3, 4, 5)],
+        "operations": ["train", "infer", "moments"],
+        "dtype": "float16",
+        "layout": "nhwc",
+        "num_threads": 2,
+        "level": bncpu.cpu.level,
+        "against": ["torch", "numpy"],
+        "quick": True,
+        "in_cache": True,
+        "json_path": file,
+        "plot_path": picture,
+    }
+    assert calls == [default, given, default | {"against": []}]
+
+
+def test_bench(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(bench, "SECONDS", 0.0)
+    options = ["--shape", "3,4,5,6", "--op", "train_add_relu", "--against", "numpy"]
+    assert run("bench", *options, "--json", "speed.json", "--plot", "speed.png") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "(3, 4, 5, 6)  train_add_relu" in out
+    assert bncpu.cpu.level in out
+    (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert row["bytes"] == 3 * 360 * 4 + 45
+    with Image.open("speed.png") as figure:
+        assert figure.width > 500
 
 
 @pytest.mark.parametrize("command", [[], ["info"], ["bench"], ["train"], ["reproduce"]])
@@ -92,6 +131,9 @@ def test_help(capsys, command):
     assert "usage: bncpu" in out
     if command:
         assert f"  bncpu {command[0]}" in out  # an example
+    if command == ["bench"]:
+        for name in bench.OPERATIONS:
+            assert f"\n  {name} " in out
     if command == ["train"]:
         for name, default in cli.DEFAULTS.items():
             assert f"--{name.replace('_', '-')}" in out
@@ -129,7 +171,23 @@ def test_help(capsys, command):
         (["reproduce"], "the following arguments are required: name"),
         (["reproduce", "imagenet"], "invalid choice: 'imagenet'"),
         (["reproduce", "digits", "--out", "plain"], "plain: is not a folder"),
-        (["bench", "--dtype", "float16"], "invalid choice: 'float16'"),
+        (["bench", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["bench", "--layout", "hwcn"], "invalid choice: 'hwcn'"),
+        (["bench", "--level", "mmx"], "invalid choice: 'mmx'"),
+        (["bench", "--shape", "8"], "argument --shape: expected N,C or N,C,L or N,C,H,W"),
+        (["bench", "--shape", "8,0"], "all of them positive; got '8,0'"),
+        (["bench", "--shape", "a,b"], "all of them positive; got 'a,b'"),
+        (["bench", "--shape", "1,5"], "shape (1, 5): training needs more than one value"),
+        (["bench", "--shape", "9999999,9999999"], "GB for its arrays, of this machine's"),
+        (["bench", "--op", "train,fly"], "argument --op: expected names out of train, train_relu,"),
+        (
+            ["bench", "--against", "tensor"],
+            "expected names out of numpy, torch, jax or none; got 'te",
+        ),
+        (["bench", "--against", "numpy,none"], "got 'none'"),
+        (["bench", "--threads", "2000"], "num_threads: expected 1 to 1024; got 2000"),
+        (["bench", "--json", "no/file"], "no/file: its folder does not exist"),
+        (["bench", "--plot", "."], ".: exists and is not a regular file"),
     ],
 )
 def test_wrong_usage_is_one_line(capsys, tmp_path, argv, message):
@@ -141,6 +199,12 @@ def test_an_error_without_an_extra(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     message = 'figures: need matplotlib; pip install "bncpu[train]"'
     assert_refused(capsys, tmp_path, ["reproduce", "digits"], message)
+
+
+def test_a_plot_without_an_extra(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    message = '--plot: needs matplotlib; pip install "bncpu[bench]"'
+    assert_refused(capsys, tmp_path, ["bench", "--plot", "x.png"], message)
 
 
 def test_train_prints_and_writes(capsys, tmp_path):

@@ -1,0 +1,107 @@
+"""The scripts of benchmarks/ run, print and draw; how fast is not tested."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bncpu.bench import measure, operations
+from bncpu.bench.operations import OPERATIONS, Problem
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Let the scripts of benchmarks/ be imported, and have little to do."""
+    if not BENCHMARKS.is_dir():
+        pytest.skip("only a checkout has benchmarks/")
+    monkeypatch.setattr(measure, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "ROUNDS", 1)
+    monkeypatch.setattr(operations, "MOST_MEMORY", 1 << 16)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    names = ("setting", "sweeps", "onednn", "small_calls", "against_memory", "against_peers")
+    modules = {name: importlib.import_module(name) for name in names}
+    monkeypatch.setattr(modules["sweeps"], "PIXELS", (1, 4))
+    monkeypatch.setattr(modules["sweeps"], "SIZE", 1 << 9)
+    monkeypatch.setattr(modules["sweeps"], "BATCHES", (1, 2))
+    monkeypatch.setattr(modules["sweeps"], "IMAGES", ((3, 2, 2),))
+    monkeypatch.setattr(modules["small_calls"], "CALLS", 1)
+    monkeypatch.setattr(modules["small_calls"], "REPEATS", 1)
+    monkeypatch.setattr(modules["against_peers"], "UNTUNED", [(2, 3, 2, 2)])
+    monkeypatch.setattr(modules["against_peers"], "PLAIN", [(4, 3)])
+    yield modules
+    for name in (*names, "tables", "figures"):
+        sys.modules.pop(name, None)
+
+
+def test_tables_of_benchmarks(scripts, capsys, tmp_path):  # noqa: ARG001
+    tables = importlib.import_module("tables")
+    path = tmp_path / "tables.json"
+    options = ["--shape", "2,3,4,4", "--seconds", "0.001", "--against", "numpy", "--threads", "2"]
+    tables.main(["all", "--json", str(path), *options])
+    printed = capsys.readouterr().out
+    for name in tables.TABLES:
+        assert f"### {name}: " in printed
+    assert "| (2, 3, 4, 4) |" in printed
+    assert "| 4096 |" not in printed
+    assert {row["operation"] for row in json.loads(path.read_text())["rows"]} <= set(OPERATIONS)
+
+
+def test_figures_of_benchmarks(scripts, monkeypatch, capsys, tmp_path):  # noqa: ARG001
+    figures = importlib.import_module("figures")
+    monkeypatch.setattr(figures, "QUICK_SHAPES", [(2, 3, 4, 4)])
+    monkeypatch.setattr(figures, "MATRIX", 8)
+    monkeypatch.setattr(figures, "FEW_CHANNELS", (2, 3, 2, 2))
+    monkeypatch.setattr(figures, "QUICK_SECONDS", 0.0)
+    out = tmp_path / "deep" / "bench"
+    figures.main(["--quick", "--out", str(out), "--against", "none", "--threads", "2"])
+    printed = capsys.readouterr().out
+    for name in figures.FIGURES:
+        assert f"{name}.png" in printed
+        with Image.open(out / f"{name}.png") as image:
+            assert image.width > 500
+        assert json.loads((out / f"{name}.json").read_text())["rows"]
+    with pytest.raises(SystemExit):
+        figures.main(["bars", "pies"])
+
+
+def test_why_there_is_no_onednn(scripts, monkeypatch, tmp_path):
+    onednn = scripts["onednn"]
+    monkeypatch.setattr(onednn, "PROGRAM", tmp_path / "build" / "onednn_bench")
+    compiler = tmp_path / "c++"
+    for script, reason in (
+        ("echo 'x.cpp:3:10: fatal error: dnnl.hpp: No such file' >&2", "apt-get install libdnnl"),
+        ("echo 'x.cpp:3:10: error: what is this?' >&2", "does not compile: x.cpp:3:10: error: wh"),
+    ):
+        compiler.write_text(f"#!/bin/sh\n{script}\nexit 1\n")
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CXX", str(compiler))
+        onednn.program.cache_clear()
+        assert reason in onednn.why_not()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    onednn.program.cache_clear()
+    assert "no C++ compiler" in onednn.why_not()
+    onednn.program.cache_clear()
+
+
+def test_onednn_takes_its_turn(scripts, monkeypatch):
+    onednn = scripts["onednn"]
+    if reason := onednn.why_not():
+        pytest.skip(reason)
+    monkeypatch.setattr(operations, "CACHES_TO_FILL", 0)
+    problem = Problem((2, 3, 4, 4), operations=OPERATIONS.values(), rotate=False)
+    for name in OPERATIONS:
+        found = onednn.contenders(problem, OPERATIONS[name], 1)
+        assert bool(found) == (name in onednn.OPERATIONS)
+        for contender in found.values():
+            assert min(contender.turn(0.0)) > 0
+    process = onednn.Process((2, 3), "float32", 1)
+    with pytest.raises(RuntimeError, match="no such operation"):
+        process.ask("fly", "nchw", 0.0)
+    process.close()
