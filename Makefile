@@ -10,7 +10,7 @@ BENCH_ARGS ?=
 MINIMUM := 3.11
 
 BIN := $(VENV)/bin
-NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard bncpu/cpu/*.pyx bncpu/cpu/*.hpp)
+NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard bncpu/cpu/*.pyx bncpu/cpu/*.pxi bncpu/cpu/*.hpp)
 OURS := bncpu tests benchmarks setup.py
 CPP := $(wildcard bncpu/cpu/*.hpp benchmarks/*.cpp)
 

@@ -145,7 +145,8 @@ def batch_norm_train(
 
     float16 and bfloat16 are storage only: the arithmetic is float32, sums are flushed to float64,
     and y is rounded once, to nearest even (past the largest float16, to infinity). y with ReLU is
-    to the last bit ReLU of y without.
+    to the last bit ReLU of y without, but for the sign of a zero: ReLU comes before rounding, so a
+    tiny negative z is stored as -0 without ReLU and as +0 with it.
 
     Bit e % 8, the lowest first, of byte e // 8 of the mask belongs to the e-th element of x in the
     order in which x lies in memory; for a C-contiguous x the mask is
@@ -179,6 +180,13 @@ def batch_norm_train(
     array([[0.   , 8.   ],
            [1.894, 8.   ]])
     """
+    if residual is None and mask is None and out is None and num_threads is None:
+        small = kernels_for(x).small_train(
+            x, gamma, beta, running_mean, running_var, momentum, eps, axis, activation
+        )
+        if small is not None:
+            return TrainResult(*small)
+
     x = arguments.data("x", x)
     over = arguments.channels(x, axis)
     given = [("x", x), ("residual", residual), ("gamma", gamma), ("beta", beta)]
@@ -211,7 +219,8 @@ def batch_norm_train(
         # owed, and one that is an error must not come between the two.
         with np.errstate(all="ignore"):
             for old, new in zip(running, (mean, var * (m / (m - 1))), strict=True):
-                old[...] = (1 - momentum) * old + momentum * new.reshape(over.shape)
+                kept = np.multiply(old, 1 - momentum, dtype=np.float64)
+                old[...] = kept + momentum * new.reshape(over.shape)
     return TrainResult(y, mean.reshape(over.shape), invstd.reshape(over.shape))
 
 
@@ -286,6 +295,13 @@ def batch_norm_infer(
     array([[0., 0.],
            [1., 2.]])
     """
+    if residual is None and mask is None and out is None and num_threads is None:
+        small: NDArray[Any] | None = kernels_for(x).small_infer(
+            x, mean, var, gamma, beta, eps, axis, activation
+        )
+        if small is not None:
+            return small
+
     x = arguments.data("x", x)
     over = arguments.channels(x, axis)
     given = [("x", x), ("residual", residual), ("mean", mean), ("var", var)]
@@ -412,6 +428,11 @@ def batch_norm_backward(
            [0.],
            [3.]])
     """
+    if residual is False and mask is None and out is None and num_threads is None:
+        small = kernels_for(x).small_backward(dy, x, mean, invstd, gamma, beta, axis, activation)
+        if small is not None:
+            return Gradients(*small)
+
     x = arguments.data("x", x)
     dy = arguments.same_as_x("dy", dy, x)
     over = arguments.channels(x, axis)

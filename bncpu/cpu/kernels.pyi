@@ -76,6 +76,37 @@ def infer_backward(
     dbeta: _Vector,
     num_threads: int,
 ) -> None: ...
+def small_train(
+    x: object,
+    gamma: object,
+    beta: object,
+    running_mean: object,
+    running_var: object,
+    momentum: object,
+    eps: object,
+    axis: object,
+    activation: object,
+) -> tuple[_Array, _Vector, _Vector] | None: ...
+def small_infer(
+    x: object,
+    mean: object,
+    var: object,
+    gamma: object,
+    beta: object,
+    eps: object,
+    axis: object,
+    activation: object,
+) -> _Array | None: ...
+def small_backward(
+    dy: object,
+    x: object,
+    mean: object,
+    invstd: object,
+    gamma: object,
+    beta: object,
+    axis: object,
+    activation: object,
+) -> tuple[_Array, _Array, _Array] | None: ...
 def tile_plan(
     columns: bool,
     rows: int,

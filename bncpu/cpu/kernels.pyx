@@ -43,6 +43,8 @@ cdef extern from *:
     int omp_get_max_threads() noexcept nogil
 
 cdef extern from "tiling.hpp" namespace "bncpu" nogil:
+    const int64_t kBytesPerThread
+
     cdef struct Shape:
         bint columns
         int64_t rows, channels, run
@@ -269,22 +271,14 @@ cdef void run_tiles(Job[storage]& job, Parameters& given, Operation operation, i
             run_items(kMap, job, c0, c1, table)
 
 
-cdef int run(Job[storage]& job, Parameters& given, Operation operation, geometry, Arrays arrays,
-             double* mean, double* invstd, int threads) except -1:
-    cdef int64_t channels = geometry.channels
-    cdef int64_t rows_per_plane = geometry.rows_per_plane
-    cdef Shape shape
-    shape.columns, shape.rows, shape.channels, shape.run = (
-        geometry.columns, geometry.rows, channels, geometry.run)
+cdef int run(Job[storage]& job, Parameters& given, Operation operation, Shape shape, double* mean,
+             double* invstd, int threads) except -1:
+    # A job whose arrays have their places.
+    cdef int64_t channels = shape.channels
     job.grid = make_grid(shape)
     cdef int passes = 1 if operation == OPERATION_MOMENTS or operation == OPERATION_INFER else 2
-    job.plan = make_plan(job.grid, sizeof(storage), 1 if arrays.dy is None else 2, passes, threads,
-                         l2_bytes, l3_bytes)
-    place(job.x, arrays.x, rows_per_plane)
-    place(job.residual, arrays.residual, rows_per_plane)
-    place(job.dy, arrays.dy, rows_per_plane)
-    place(job.out, arrays.out, rows_per_plane)
-    place(job.dresidual, arrays.dresidual, rows_per_plane)
+    job.plan = make_plan(job.grid, sizeof(storage), 1 if job.dy.data == NULL else 2, passes,
+                         threads, l2_bytes, l3_bytes)
     job.mask, job.relu = given.mask, given.relu
     job.fixed = operation == OPERATION_INFER_BACKWARD
 
@@ -318,6 +312,20 @@ cdef int run(Job[storage]& job, Parameters& given, Operation operation, geometry
     return 0
 
 
+cdef int place_and_run(Job[storage]& job, Parameters& given, Operation operation, geometry,
+                       Arrays arrays, double* mean, double* invstd, int threads) except -1:
+    cdef int64_t rows_per_plane = geometry.rows_per_plane
+    cdef Shape shape
+    shape.columns, shape.rows, shape.channels, shape.run = (
+        geometry.columns, geometry.rows, geometry.channels, geometry.run)
+    place(job.x, arrays.x, rows_per_plane)
+    place(job.residual, arrays.residual, rows_per_plane)
+    place(job.dy, arrays.dy, rows_per_plane)
+    place(job.out, arrays.out, rows_per_plane)
+    place(job.dresidual, arrays.dresidual, rows_per_plane)
+    return run(job, given, operation, shape, mean, invstd, threads)
+
+
 cdef int dispatch(Operation operation, geometry, Arrays arrays, double* mean, double* invstd,
                   Parameters& given, int threads) except -1:
     # To the instance for the values' type, by its buffer format; bfloat16, which has none, comes as
@@ -328,12 +336,16 @@ cdef int dispatch(Operation operation, geometry, Arrays arrays, double* mean, do
     cdef Job[BFloat16] of_bfloat16
     cdef char kind = arrays.x.view.format[0]
     if kind == b"f":
-        return run(of_float, given, operation, geometry, arrays, mean, invstd, threads)
+        return place_and_run(of_float, given, operation, geometry, arrays, mean, invstd,
+                             threads)
     if kind == b"d":
-        return run(of_double, given, operation, geometry, arrays, mean, invstd, threads)
+        return place_and_run(of_double, given, operation, geometry, arrays, mean, invstd,
+                             threads)
     if kind == b"e":
-        return run(of_half, given, operation, geometry, arrays, mean, invstd, threads)
-    return run(of_bfloat16, given, operation, geometry, arrays, mean, invstd, threads)
+        return place_and_run(of_half, given, operation, geometry, arrays, mean, invstd,
+                             threads)
+    return place_and_run(of_bfloat16, given, operation, geometry, arrays, mean, invstd,
+                         threads)
 
 
 cdef inline double* pointer(const double[::1] values) noexcept:
@@ -453,39 +465,5 @@ def level():
     return BNCPU_LEVEL.decode()
 
 
-# ---- Streaming loops, the ceiling that benchmarks compare with -----------------------------------
-
-cdef void stream(const real* a, const real* b, real* out, int64_t n, bint non_temporal,
-                 int threads) noexcept nogil:
-    cdef int64_t i, begin, size
-    for i in prange((n + kStreamBlock - 1) // kStreamBlock, num_threads=threads,
-                    use_threads_if=threads > 1, schedule="static"):
-        begin = i * kStreamBlock
-        size = min(kStreamBlock, n - begin)
-        stream_block(a + begin, b if b == NULL else b + begin, out + begin, size, non_temporal)
-
-
-def stream_copy(const real[::1] src, real[::1] dst, int num_threads, *, bint non_temporal=True):
-    """Copy src to dst at the speed of memory."""
-    with nogil:
-        stream(&src[0], <const real*> NULL, &dst[0], src.shape[0], non_temporal, num_threads)
-
-
-def stream_triad(const real[::1] a, const real[::1] b, real[::1] dst, int num_threads, *,
-                 bint non_temporal=True):
-    """Add a and b into dst at the speed of memory."""
-    with nogil:
-        stream(&a[0], &b[0], &dst[0], a.shape[0], non_temporal, num_threads)
-
-
-def stream_read(const real[::1] a, int num_threads):
-    """Read a at the speed of memory; returns its sum, so that nothing is optimised away."""
-    cdef int64_t n = a.shape[0], i, begin
-    cdef const real* first = &a[0]
-    cdef double total = 0
-    with nogil:
-        for i in prange((n + kStreamBlock - 1) // kStreamBlock, num_threads=num_threads,
-                        use_threads_if=num_threads > 1, schedule="static"):
-            begin = i * kStreamBlock
-            total += read_block(first + begin, min(kStreamBlock, n - begin))
-    return total
+include "small.pxi"
+include "streams.pxi"
