@@ -10,8 +10,8 @@ namespace {
 // The parameter gradients of a piece in double, where their sums are beyond float32 (or where there
 // is a NaN or Inf). Slow, so one vector at a time through the same gate.
 template <Gate gate, class S, class Coefficients>
-Sums careful_gradients(const Job<S>& job, const Piece& piece, int64_t c, const Coefficients& k,
-                       int64_t column) {
+BNCPU_HOT Sums careful_gradients(const Job<S>& job, const Piece& piece, int64_t c,
+                                 const Coefficients& k, int64_t column) {
     using T = Arithmetic<S>;
     const double mean = job.channels.mean[c], invstd = job.channels.invstd[c];
     const Vec<T> zero = Vec<T>::all(0);

@@ -28,14 +28,14 @@ inline Sums moments_about(double pivot, double sum, double squares, double n) {
 // digits of m2, or float32 squares have lost theirs, or overflowed, or there are none. Double must
 // decide. About a pivot of ordinary size x - pivot is 0 or large enough to be squared.
 inline bool out_of_range(float pivot, double squares, double m2, double n) {
-    return !(m2 <= 1e36) || (m2 < n * 1e-28 && std::fabs(pivot) < 1e-9f) || squares > 8 * m2;
+    return !(m2 <= 1e36) || (m2 < n * 1e-28 && std::fabs(pivot) < 1e-9f) || squares > 4 * m2;
 }
-inline bool out_of_range(double, double squares, double m2, double) { return squares > 8 * m2; }
+inline bool out_of_range(double, double squares, double m2, double) { return squares > 4 * m2; }
 
 // Two passes in double over pieces [begin, end) whose squares float32 cannot hold. Also the way of
 // NaN and Inf.
 template <class S>
-Sums careful_moments(const Job<S>& job, int64_t begin, int64_t end, int64_t c) {
+BNCPU_HOT Sums careful_moments(const Job<S>& job, int64_t begin, int64_t end, int64_t c) {
     constexpr int kLanes = 8;
     double lanes[kLanes] = {}, mean = 0, n = 0;
     for (int pass = 0; pass < 2; ++pass) {
@@ -131,7 +131,7 @@ void find_pivots(const View<S>& x, const Piece& piece, int64_t c0, int64_t c1,
             std::fill_n(pivot + (c - c0) * run, run, pivot_of(x.at(piece.k0, c), run));
         return;
     }
-    const int64_t rows = exact_count(piece.k1 - piece.k0, 4);
+    const int64_t rows = exact_count(piece.k1 - piece.k0, 16);
     const Vec<T> zero = Vec<T>::all(0), share = Vec<T>::all((T)1 / (T)rows);
     by_vectors<S>(c1 - c0, [&](int64_t i, int, auto load_at) {
         Vec<T> mean = zero;

@@ -46,8 +46,9 @@
 #define BNCPU_INLINE __forceinline
 #endif
 
-// The functions that hold the hot loops keep their names in the compiled module: one call for some
-// thousand values costs nothing, and what became of each loop can be looked up.
+// The functions that hold the hot loops keep their names in the compiled module, and so do the slow
+// ones beside them: one call for some thousand values costs nothing, and what became of each loop
+// can be looked up.
 #if defined(__GNUC__)
 #define BNCPU_HOT __attribute__((noinline))
 #else
