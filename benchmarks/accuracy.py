@@ -4,10 +4,12 @@ Run it: ``python benchmarks/accuracy.py``. The truth is bncpu.reference on the s
 so what the input has lost to rounding counts for nobody. Not a test: tests/ has the tolerance.
 """
 
+import importlib.util
+
 import numpy as np
 
 import bncpu
-from bncpu import bench, reference
+from bncpu import reference
 
 SHAPE = (32, 64, 28, 28)
 RATIOS = (1.0, 1e3, 1e6)
@@ -36,7 +38,7 @@ def errors(ratio, rng, torch):
 
 
 if __name__ == "__main__":
-    torch = bench.import_torch()
+    torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
     rng = np.random.default_rng()
     print(f"largest error of float32 {SHAPE} against float64, relative to the largest value")
     print(f"{'mean / std':>10}  {'contender':<9}  {'y':>8}  {'dx':>8}")

@@ -49,7 +49,7 @@ def parser():
         epilog=f"tables:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("tables", nargs="*", choices=(*TABLES, "all"), metavar="TABLE")
+    made.add_argument("tables", nargs="*", metavar="TABLE")
     made.add_argument("--threads", type=positive, metavar="N", help="default: as `bncpu info` says")
     made.add_argument("--shape", type=command.shape, action="append", metavar="N,C,H,W")
     made.add_argument(
@@ -72,6 +72,8 @@ def main(argv=None):
     """Print the tables that are asked for."""
     made = parser()
     args = made.parse_args(argv)
+    if unknown := [name for name in args.tables if name not in (*TABLES, "all")]:
+        made.error(f"no such table: {', '.join(unknown)} (there are {', '.join(TABLES)}, all)")
     if not args.tables:
         made.print_help()
         return
