@@ -132,12 +132,13 @@ void find_pivots(const View<S>& x, const Piece& piece, int64_t c0, int64_t c1,
         return;
     }
     const int64_t rows = exact_count(piece.k1 - piece.k0, 16);
-    const Vec<T> zero = Vec<T>::all(0), share = Vec<T>::all((T)1 / (T)rows);
+    const Vec<T> zero = Vec<T>::all(0), half = Vec<T>::all((T)0.5);
     by_vectors<S>(c1 - c0, [&](int64_t i, int, auto load_at) {
-        Vec<T> mean = zero;
-        for (int64_t k = piece.k0; k < piece.k0 + rows; ++k)
-            mean = fma(load_at(x.at(k, c0), zero), share, mean);
-        mean.store(pivot + i);
+        Vec<T> mean[16] = {load_at(x.at(piece.k0, c0), zero)};
+        for (int64_t r = 1; r < rows; ++r) mean[r] = load_at(x.at(piece.k0 + r, c0), zero);
+        for (int64_t n = rows / 2; n > 0; n /= 2)
+            for (int64_t r = 0; r < n; ++r) mean[r] = fma(mean[r], half, mean[r + n] * half);
+        mean[0].store(pivot + i);
     });
 }
 
