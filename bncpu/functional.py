@@ -440,23 +440,17 @@ def batch_norm_backward(
     invstd = arguments.statistic("invstd", invstd, x, over)
     gamma = arguments.affine("gamma", gamma, x, over)
     beta = arguments.affine("beta", beta, x, over)
-    relu = arguments.is_relu(activation)
-    mask = arguments.mask(mask, x, relu)
-    threads = threads_for_call(num_threads)
-    near = [("dy", dy), ("x", x), ("mean", mean), ("invstd", invstd)]
-    near += [("gamma", gamma), ("beta", beta), ("mask", mask)]
-    dx = arguments.output(out, x, near, may_be=("dy",))
-    dresidual = arguments.residual_gradient(residual, x, dy, dx, relu, mask, near)
-
-    dz = _dresidual_of_kernels(dresidual, dy, relu)
-    dgamma, dbeta = np.zeros(over.number), np.zeros(over.number)
-    if x.size:
-        walk = problem(over.axes, (x, dy), (dx, dz), mask)
-        kernels_for(x).backward(
-            walk.geometry, *walk.arrays, relu, mean, invstd, gamma, beta, dgamma, dbeta, threads
-        )
-        walk.finish()
-    return _gradients(dx, dgamma, dbeta, dresidual, over)
+    read = [
+        ("dy", dy),
+        ("x", x),
+        ("mean", mean),
+        ("invstd", invstd),
+        ("gamma", gamma),
+        ("beta", beta),
+    ]
+    parameters = (mean, invstd, gamma, beta)
+    kernel = kernels_for(x).backward
+    return _backward(kernel, over, read, parameters, activation, mask, residual, out, num_threads)
 
 
 def batch_norm_infer_backward(
@@ -528,23 +522,10 @@ def batch_norm_infer_backward(
     gamma = arguments.affine("gamma", gamma, x, over)
     beta = arguments.affine("beta", beta, x, over)
     eps = arguments.epsilon(eps)
-    relu = arguments.is_relu(activation)
-    mask = arguments.mask(mask, x, relu)
-    threads = threads_for_call(num_threads)
-    near = [("dy", dy), ("x", x), ("mean", mean), ("var", var)]
-    near += [("gamma", gamma), ("beta", beta), ("mask", mask)]
-    dx = arguments.output(out, x, near, may_be=("dy",))
-    dresidual = arguments.residual_gradient(residual, x, dy, dx, relu, mask, near)
-
-    dz = _dresidual_of_kernels(dresidual, dy, relu)
-    dgamma, dbeta = np.zeros(over.number), np.zeros(over.number)
-    if x.size:
-        walk = problem(over.axes, (x, dy), (dx, dz), mask)
-        kernels_for(x).infer_backward(
-            walk.geometry, *walk.arrays, relu, mean, var, gamma, beta, eps, dgamma, dbeta, threads
-        )
-        walk.finish()
-    return _gradients(dx, dgamma, dbeta, dresidual, over)
+    read = [("dy", dy), ("x", x), ("mean", mean), ("var", var), ("gamma", gamma), ("beta", beta)]
+    parameters = (mean, var, gamma, beta, eps)
+    kernel = kernels_for(x).infer_backward
+    return _backward(kernel, over, read, parameters, activation, mask, residual, out, num_threads)
 
 
 def batch_moments(
@@ -604,6 +585,35 @@ def _dresidual_of_kernels(
     if dresidual is not dy:
         np.copyto(dresidual, dy)
     return None
+
+
+def _backward(
+    kernel: Any,
+    over: arguments.Channels,
+    read: list[tuple[str, Any]],
+    parameters: tuple[Any, ...],
+    activation: Any,
+    mask: Any,
+    residual: Any,
+    out: Any,
+    num_threads: int | None,
+) -> Gradients:
+    """Do the steps that the backward functions share; what is read, dy and x first, is checked."""
+    dy, x = read[0][1], read[1][1]
+    relu = arguments.is_relu(activation)
+    mask = arguments.mask(mask, x, relu)
+    threads = threads_for_call(num_threads)
+    read = [*read, ("mask", mask)]
+    dx = arguments.output(out, x, read, may_be=("dy",))
+    dresidual = arguments.residual_gradient(residual, x, dy, dx, relu, mask, read)
+
+    dz = _dresidual_of_kernels(dresidual, dy, relu)
+    dgamma, dbeta = np.zeros(over.number), np.zeros(over.number)
+    if x.size:
+        walk = problem(over.axes, (x, dy), (dx, dz), mask)
+        kernel(walk.geometry, *walk.arrays, relu, *parameters, dgamma, dbeta, threads)
+        walk.finish()
+    return _gradients(dx, dgamma, dbeta, dresidual, over)
 
 
 def _gradients(

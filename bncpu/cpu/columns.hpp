@@ -1,4 +1,5 @@
-// The columns form: two sums down each column of a strip of rows, four rows at a time.
+// What the sums of the columns form share: two sums down each column of a strip, and the rows of
+// results that are filled beside them, four at a time.
 #pragma once
 
 #include <array>
@@ -9,7 +10,7 @@
 namespace bncpu {
 namespace {
 
-// Columns form: two sums down each column of a strip.
+// Two sums down each column of a strip.
 template <class T>
 struct ColumnSums {
     alignas(64) T first[kColumns + Vec<T>::lanes] = {}, second[kColumns + Vec<T>::lanes] = {};
