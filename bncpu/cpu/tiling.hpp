@@ -22,8 +22,8 @@ constexpr int64_t kWholeVectors = 64;
 // The same in rows, where every row ends in the same few sums: few enough for float32, many enough
 // that the flush, which costs about ten operations in double per column, does not show.
 constexpr int64_t kPieceRows = 128;
-// Columns handled at once: the coefficients and sums of as many stay in L1, or near it in a gradient,
-// which has the most.
+// Columns handled at once: the coefficients and sums of as many stay in L1, or near it in a
+// gradient, which has the most.
 constexpr int64_t kColumns = 1024;
 // Pieces are merged into at most this many parts per channel: work for many threads, yet few
 // enough that merging them costs nothing beside reading the channel.
