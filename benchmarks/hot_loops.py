@@ -21,21 +21,22 @@ HALF = {"zmm": "ymm", "ymm": "xmm", "xmm": "xmm"}  # hold as many 16-bit values
 # The functions marked BNCPU_HOT, and lambdas within them that the compiler did not inline.
 SYMBOL = re.compile(
     r"_ZZ?N5bncpu12_GLOBAL__N_1\d+"
-    r"(?P<name>row_moments|row_gradients|column_moments|column_gradients|map_piece)I"
-    r"(?:NS0_\d+(?:Forward|Backward)RowI(?:Lb\dE)+)?(?:LNS0_4GateE\dE)?"
+    r"(?P<name>row_moments|row_gradients|column_moments|column_gradients|map_item_rows)I"
+    r"(?:Lb\dE)?(?:NS0_\d+(?:Forward|Backward)RowI(?:Lb\dE)+)?(?:LNS0_4GateE\dE)?"
     r"(?P<storage>d|f|NS0_4HalfE|NS0_8BFloat16E)"
 )
 STORAGE = {"d": "double", "f": "float", "NS0_4HalfE": "Half", "NS0_8BFloat16E": "BFloat16"}
 FORMS = {
-    "forward": r"map_pieceINS0_\d+Forward",
-    "backward": r"map_pieceINS0_\d+Backward",
+    "forward": r"map_item_rowsILb\dENS0_\d+Forward",
+    "backward": r"map_item_rowsILb\dENS0_\d+Backward",
     "sign": r"GateE1E",
     "bits": r"GateE2E",
     "residual": r"Forward(?:Row)?ILb1E",
     "mask": r"Forward(?:Row)?ILb\dELb1E",
     "fixed": r"Backward(?:Row)?ILb1E",
-    "columns": r"map_piece\w*ColumnCoefficients",
-    "beside": r"map_and_sum_item",  # the sums with the results of the tile before beside them
+    "columns": r"map_item_rows\w*ColumnsOf",
+    "four": r"map_item_rowsILb1E",  # rows at a time
+    "beside": r"MapBeside",  # the sums with the results of the tile before beside them
 }
 
 JUMP = re.compile(r"(?:bnd )?j\w+\s+([0-9a-f]+) ")

@@ -18,7 +18,9 @@ import bncpu.cpu
 # L2 and L3 in bytes: of a machine so small that nothing fits and every result streams past the
 # caches, of one where tiles fit but results do not, and of one where everything does.
 CACHES = {"tiny": (4096, 4096), "small": (1 << 17, 1 << 17), "vast": (1 << 30, 1 << 34)}
-GRID = ("piece_rows", "segments", "pieces", "parts")
+GRID = ("rows", "fold", "last", "piece_rows", "segments", "pieces", "parts")
+# Channels of an item in the rows form, whose sums stand on the stack, and columns in the other.
+MOST_CHANNELS, MOST_COLUMNS = 256, 4096
 
 sizes = st.one_of(
     st.integers(1, 70), st.integers(1, 5000), st.sampled_from([49, 196, 784, 3136, 12544, 1 << 20])
@@ -95,7 +97,7 @@ PROBLEMS = {
     "64 x 112 x 112": (False, 32, 64, 12544),
     "256 x 56 x 56": (False, 32, 256, 3136),
     "512 x 28 x 28": (False, 32, 512, 784),
-    "1024 x 14 x 14": (True, 32, 1024, 196),
+    "1024 x 14 x 14": (False, 32, 1024, 196),
     "2048 x 7 x 7": (True, 32, 2048, 49),
     "one image": (False, 1, 64, 12544),
     "features": (True, 4096, 1024, 1),
@@ -110,14 +112,21 @@ def check_plan(plan, columns, rows, channels, run, *, threads, **_):
     assert plan["inner_threads"] >= 1
     assert plan["outer_threads"] * plan["inner_threads"] <= threads
     assert min(plan["outer_threads"], plan["inner_threads"]) == 1
-    assert 1 <= plan["unit_channels"] <= plan["tile_channels"] <= channels
-    assert (plan["tiles"] - 1) * plan["tile_channels"] < channels
-    assert plan["tiles"] * plan["tile_channels"] >= channels
-    assert plan["outer_threads"] <= plan["tiles"]
+    assert plan["outer_threads"] <= plan["tiles"] <= channels
+    assert plan["tile_channels"] == -(-channels // plan["tiles"])
+    assert 1 <= plan["units"] <= plan["tile_channels"]
+    widest = -(-plan["tile_channels"] // plan["units"])
+    if columns:
+        assert widest == 1 or widest * run * plan["fold"] <= MOST_COLUMNS
+    else:
+        assert widest <= MOST_CHANNELS
 
+    assert (plan["rows"] - 1) * plan["fold"] + plan["last"] == rows
+    assert 1 <= plan["last"] <= plan["fold"]
+    assert plan["fold"] == 1 or (columns and plan["tiles"] == plan["units"] == 1)
     assert 1 <= plan["parts"] <= plan["pieces"]
     assert plan["segments"] >= 1
-    assert plan["pieces"] == -(-rows // plan["piece_rows"]) * plan["segments"]
+    assert plan["pieces"] == -(-plan["rows"] // plan["piece_rows"]) * plan["segments"]
     # The grid of partial sums is the shape's own.
     default = bncpu.cpu.kernels.tile_plan(columns, rows, channels, run)
     assert {k: plan[k] for k in GRID} == {k: default[k] for k in GRID}
@@ -154,22 +163,23 @@ def test_plans(columns, rows, channels, run, machine):
 def test_plans_of_machines(machine, which, threads, itemsize, inputs):
     """No thread that has a megabyte to read is idle, and what can stay in its caches does."""
     l2, l3 = MACHINES[machine]
-    _, rows, channels, run = PROBLEMS[which]
+    columns, rows, channels, run = PROBLEMS[which]
     machine = {"itemsize": itemsize, "inputs": inputs, "threads": threads, "l2": l2, "l3": l3}
     plan = bncpu.cpu.kernels.tile_plan(*PROBLEMS[which], **machine)
     check_plan(plan, *PROBLEMS[which], **machine)
     channel = rows * run * itemsize * inputs
     used = plan["outer_threads"] * plan["inner_threads"]
     assert used >= min(threads, channels * channel // MIB)
-    if plan["inner_threads"] == 1 and 2 * channel * plan["unit_channels"] <= l2:
-        # In a core's own L2, or all tiles together in the L3.
+    # In a core's own L2, or all tiles together in the L3; but columns too few to be worth a tile.
+    least = -(-8192 // (run * itemsize)) if columns else 1
+    if plan["inner_threads"] == 1 and 2 * channel * min(least, channels) <= l2:
         tile = plan["tile_channels"] * channel
         assert tile <= l2 or tile * used <= l3
 
 
 def test_streaming_is_for_large_results():
     def streams(rows):
-        plan = bncpu.cpu.kernels.tile_plan(False, rows, 64, 3136, l2=1 << 20, l3=1 << 23)
+        plan = bncpu.cpu.kernels.tile_plan(False, rows, 8, 3136, l2=1 << 20, l3=1 << 23)
         return plan["stream"]
 
     assert not streams(1)

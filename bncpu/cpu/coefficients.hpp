@@ -27,85 +27,156 @@ constexpr unsigned set_of(Fields... fields) {
     return ((1u << fields) | ...);
 }
 
+// The fields of all channels, field by field. A vector of channels may reach beyond the last one.
 template <class T>
-inline double low_part(double a) {
+class ChannelTable {
+   public:
+    ChannelTable() = default;
+    ChannelTable(void* memory, int64_t channels)
+        : values(static_cast<T*>(memory)), width(channels + Vec<T>::lanes) {}
+    static int64_t bytes(int64_t channels) {
+        return kFields * (channels + Vec<T>::lanes) * (int64_t)sizeof(T);
+    }
+    BNCPU_INLINE T* field(Field f) const { return values + f * width; }
+    BNCPU_INLINE T& at(Field f, int64_t c) const { return field(f)[c]; }
+
+   private:
+    T* values = nullptr;
+    int64_t width = 0;
+};
+
+template <class T>
+inline T low_part(double a) {
     const double low = a - (T)a;
-    return std::isfinite(low) ? low : 0;
+    return std::isfinite(low) ? (T)low : 0;
 }
 
-// Calls put(field, value) for the coefficients in a set.
-template <class T, class Put>
-inline void coefficients(const Channels& channels, int64_t c, unsigned fields, Put put) {
-    const auto give = [&](Field field, auto value) {
-        if (fields >> field & 1) put(field, (T)value());
-    };
-    give(kMean, [&] { return channels.mean[c]; });
-    give(kMeanLow, [&] { return low_part<T>(channels.mean[c]); });
-    give(kInvstd, [&] { return channels.invstd[c]; });
-    give(kScale, [&] { return channels.scale[c]; });
-    give(kShift, [&] { return channels.shift[c]; });
-    give(kMeanDy, [&] { return channels.mean_dy[c]; });
-    give(kMeanDyLow, [&] { return low_part<T>(channels.mean_dy[c]); });
-    give(kSlope, [&] { return channels.slope[c]; });
-}
-
-// Rows form: one channel, the same value in every lane.
+// What is known of a channel before its gradients are summed, and after.
 template <class T>
-struct ChannelCoefficients {
+inline void set_forward(const ChannelTable<T>& k, const Channels& channels, int64_t c) {
+    k.at(kMean, c) = (T)channels.mean[c];
+    k.at(kMeanLow, c) = low_part<T>(channels.mean[c]);
+    k.at(kInvstd, c) = (T)channels.invstd[c];
+    k.at(kScale, c) = (T)channels.scale[c];
+    k.at(kShift, c) = (T)channels.shift[c];
+}
+template <class T>
+inline void set_backward(const ChannelTable<T>& k, const Channels& channels, int64_t c) {
+    k.at(kMeanDy, c) = (T)channels.mean_dy[c];
+    k.at(kMeanDyLow, c) = low_part<T>(channels.mean_dy[c]);
+    k.at(kSlope, c) = (T)channels.slope[c];
+}
+
+// A set of fields, each of them a vector.
+template <class T, unsigned fields>
+struct Coefficients {
     Vec<T> value[kFields];
 
-    ChannelCoefficients(const Channels& channels, int64_t c, unsigned fields) {
-        coefficients<T>(channels, c, fields, [this](Field f, T v) { value[f] = Vec<T>::all(v); });
+    BNCPU_INLINE Vec<T> at(Field field) const { return value[field]; }
+
+    // f(field) for every field of the set.
+    template <class F, unsigned field = 0>
+    static BNCPU_INLINE void each(F f) {
+        if constexpr ((fields >> field & 1) != 0) f((Field)field);
+        if constexpr (field + 1 < kFields) each<F, field + 1>(f);
     }
-    BNCPU_INLINE Vec<T> at(Field field, int64_t) const { return value[field]; }
 };
 
-// Columns form: a channel's value stands in each of its `run` columns.
-template <class T>
-struct ColumnCoefficients {
-    alignas(64) T value[kFields][kColumns + Vec<T>::lanes];
-
-    ColumnCoefficients(const Channels& channels, int64_t c0, int64_t c1, int64_t run,
-                       unsigned fields) {
-        for (int64_t c = c0; c < c1; ++c)
-            coefficients<T>(channels, c, fields,
-                            [&](Field f, T v) { std::fill_n(value[f] + (c - c0) * run, run, v); });
-    }
-    BNCPU_INLINE Vec<T> at(Field field, int64_t i) const { return Vec<T>::load(value[field] + i); }
-};
-
-// The coefficients from a column on. In the rows form every column's are the same.
-template <class T>
-const ChannelCoefficients<T>& at_column(const ChannelCoefficients<T>& k, int64_t) {
+// Those of one channel in every lane.
+template <unsigned fields, class T>
+BNCPU_INLINE Coefficients<T, fields> of_channel(const ChannelTable<T>& table, int64_t c) {
+    Coefficients<T, fields> k;
+    k.each([&](Field f) { k.value[f] = Vec<T>::all(table.at(f, c)); });
     return k;
 }
-template <class T>
-struct FromColumn {
-    const ColumnCoefficients<T>& all;
-    int64_t column;
-    BNCPU_INLINE Vec<T> at(Field field, int64_t i) const { return all.at(field, column + i); }
-};
-template <class T>
-FromColumn<T> at_column(const ColumnCoefficients<T>& k, int64_t column) {
-    return {k, column};
-}
 
-template <class T, class Coefficients>
-BNCPU_INLINE Vec<T> centred(const Coefficients& k, int64_t i, Vec<T> x, Field mean, Field low) {
-    const Vec<T> d = x - k.at(mean, i);
+// Rows form: the coefficients along the runs of neighbouring channels, from left to right. A vector
+// that reaches into the next channel gets those of both, each in its lanes; where there is a next
+// one, a run is no shorter than a vector.
+template <class T, unsigned fields>
+class StripCoefficients {
+   public:
+    StripCoefficients(const ChannelTable<T>& table, int64_t c0, int64_t c1, int64_t run)
+        : table(table),
+          next(c0 + 1),
+          last(c1 - 1),
+          run(run),
+          end(c1 - c0 == 1 ? kNever : run),
+          current(of_channel<fields>(table, c0)) {}
+
+    BNCPU_INLINE bool same_until(int64_t i) const { return i <= end; }
+
+    // Of the vector from value i on; i grows from call to call, by a vector at most.
+    BNCPU_INLINE const Coefficients<T, fields>& here(int64_t i) {
+        return i + Vec<T>::lanes <= end ? current : across(i);
+    }
+
+   private:
+    static constexpr int64_t kNever = INT64_MAX;
+    ChannelTable<T> table;
+    int64_t next, last, run, end;  // the current channel's run ends before value `end`
+    Coefficients<T, fields> current, both;
+
+    BNCPU_INLINE const Coefficients<T, fields>& across(int64_t i) {
+        const int64_t left = end - i;
+        both = current;
+        current = of_channel<fields>(table, next);
+        end = next == last ? kNever : end + run;
+        ++next;
+        if (left <= 0) return current;
+        both.each([&](Field f) { both.value[f] = both.value[f].first(left, current.value[f]); });
+        return both;
+    }
+};
+
+// Columns form: a channel's value stands in each of its columns.
+template <class T>
+struct ColumnCoefficients {
+    T* values;
+    int64_t width;  // from one field to the next
+
+    BNCPU_INLINE T* plane(Field field) const { return values + field * width; }
+
+    template <unsigned fields>
+    BNCPU_INLINE Coefficients<T, fields> here(int64_t i) const {
+        Coefficients<T, fields> k;
+        k.each([&](Field f) { k.value[f] = Vec<T>::load(plane(f) + i); });
+        return k;
+    }
+
+    template <unsigned fields, class F>
+    static void each(F f) {
+        Coefficients<T, fields>::each(f);
+    }
+};
+
+// Those of one row, the same for all rows of a strip of columns.
+template <class T, unsigned fields>
+struct ColumnsOf {
+    ColumnCoefficients<T> all;
+    int64_t column;  // of the row's first value
+    static constexpr bool same_until(int64_t) { return false; }
+    BNCPU_INLINE Coefficients<T, fields> here(int64_t i) const {
+        return all.template here<fields>(column + i);
+    }
+};
+
+template <class T, class K>
+BNCPU_INLINE Vec<T> centred(const K& k, Vec<T> x, Field mean, Field low) {
+    const Vec<T> d = x - k.at(mean);
     if constexpr (sizeof(T) == 8)
         return d;  // the low part of a double is zero
     else
-        return d - k.at(low, i);
+        return d - k.at(low);
 }
 
 // xhat = (x - mean) * invstd, what the parameter gradients are summed with.
 struct Xhat {
     static constexpr unsigned fields = set_of(kMean, kMeanLow, kInvstd);
 
-    template <class T, class Coefficients>
-    static BNCPU_INLINE Vec<T> value(const Coefficients& k, int64_t i, Vec<T> x) {
-        return centred(k, i, x, kMean, kMeanLow) * k.at(kInvstd, i);
+    template <class T, class K>
+    static BNCPU_INLINE Vec<T> value(const K& k, Vec<T> x) {
+        return centred(k, x, kMean, kMeanLow) * k.at(kInvstd);
     }
 };
 
@@ -113,9 +184,9 @@ struct Xhat {
 struct Normalise {
     static constexpr unsigned fields = set_of(kMean, kMeanLow, kScale, kShift);
 
-    template <class T, class Coefficients>
-    static BNCPU_INLINE Vec<T> value(const Coefficients& k, int64_t i, Vec<T> x) {
-        return fma(centred(k, i, x, kMean, kMeanLow), k.at(kScale, i), k.at(kShift, i));
+    template <class T, class K>
+    static BNCPU_INLINE Vec<T> value(const K& k, Vec<T> x) {
+        return fma(centred(k, x, kMean, kMeanLow), k.at(kScale), k.at(kShift));
     }
 };
 
@@ -124,11 +195,11 @@ struct Normalise {
 struct Gradient {
     static constexpr unsigned fields = set_of(kMean, kMeanLow, kScale, kMeanDy, kMeanDyLow, kSlope);
 
-    template <class T, class Coefficients>
-    static BNCPU_INLINE Vec<T> value(const Coefficients& k, int64_t i, Vec<T> dy, Vec<T> x) {
-        return fma(centred(k, i, x, kMean, kMeanLow), k.at(kSlope, i),
-                   centred(k, i, dy, kMeanDy, kMeanDyLow)) *
-               k.at(kScale, i);
+    template <class T, class K>
+    static BNCPU_INLINE Vec<T> value(const K& k, Vec<T> dy, Vec<T> x) {
+        return fma(centred(k, x, kMean, kMeanLow), k.at(kSlope),
+                   centred(k, dy, kMeanDy, kMeanDyLow)) *
+               k.at(kScale);
     }
 };
 
@@ -136,9 +207,9 @@ struct Gradient {
 struct FixedGradient {
     static constexpr unsigned fields = set_of(kScale);
 
-    template <class T, class Coefficients>
-    static BNCPU_INLINE Vec<T> value(const Coefficients& k, int64_t i, Vec<T> dy) {
-        return dy * k.at(kScale, i);
+    template <class T, class K>
+    static BNCPU_INLINE Vec<T> value(const K& k, Vec<T> dy) {
+        return dy * k.at(kScale);
     }
 };
 

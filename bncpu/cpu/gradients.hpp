@@ -7,29 +7,29 @@
 namespace bncpu {
 namespace {
 
-// The parameter gradients of a piece in double, where their sums are beyond float32 (or where there
-// is a NaN or Inf). Slow, so one vector at a time through the same gate.
-template <Gate gate, class S, class Coefficients>
-BNCPU_HOT Sums careful_gradients(const Job<S>& job, const Piece& piece, int64_t c,
-                                 const Coefficients& k, int64_t column) {
+// The parameter gradients of a channel in pieces [begin, end) in double, where their sums are
+// beyond float32 (or where there is a NaN or Inf). Slow, so one vector at a time through the same
+// gate.
+template <Gate gate, class S>
+BNCPU_HOT Sums careful_gradients(const Job<S>& job, int64_t begin, int64_t end, int64_t c) {
     using T = Arithmetic<S>;
+    const auto k = of_channel<gate_fields(gate)>(job.table, c);
     const double mean = job.channels.mean[c], invstd = job.channels.invstd[c];
     const Vec<T> zero = Vec<T>::all(0);
     Sums total{0, 0};
-    for (int64_t row = piece.k0; row < piece.k1; ++row) {
-        const S* x = job.x.at(row, c) + piece.start;
-        const S* dy = job.dy.at(row, c) + piece.start;
-        const int64_t bit = job.bit(row, c) + piece.start;
-        by_vectors<S>(piece.length, [&](int64_t i, int n, auto load_at) {
-            // A vector of coefficients from `column` on may reach into the next channel: only its
-            // first n lanes are looked at.
-            const Vec<T> v = load_at(x, zero);
-            const Vec<T> dz =
-                gated<gate>(job, at_column(k, column), bit, i, n, load_at(dy, zero), v);
-            for (int j = 0; j < n; ++j) {
-                total.first += dz.v[j];
-                total.second += dz.v[j] * ((v.v[j] - mean) * invstd);
-            }
+    for (int64_t p = begin; p < end; ++p) {
+        const Piece piece(job.grid, p);
+        by_rows(job.grid.shape, piece, [&](int64_t row) {
+            const S *x = job.x.at(row, c) + piece.start, *dy = job.dy.at(row, c) + piece.start;
+            const int64_t bit = job.bit(row, c) + piece.start;
+            by_vectors<S>(piece.length, [&](int64_t i, int n, auto load_at) {
+                const Vec<T> v = load_at(x, zero);
+                const Vec<T> dz = gated<gate>(job, k, bit + i, n, load_at(dy, zero), v);
+                for (int j = 0; j < n; ++j) {
+                    total.first += dz.v[j];
+                    total.second += dz.v[j] * ((v.v[j] - mean) * invstd);
+                }
+            });
         });
     }
     return total;
@@ -40,81 +40,116 @@ inline bool finite(Sums sums) {
     return std::is_same_v<S, double> || (std::isfinite(sums.first) && std::isfinite(sums.second));
 }
 
-// Rows form of the parameter gradients over the pieces [begin, end) of a channel: sum dz,
-// sum dz * xhat.
-template <Gate gate, class S, class Beside>
-BNCPU_HOT Sums row_gradients(const Job<S>& job, const Item& item,
-                             const ChannelCoefficients<Arithmetic<S>>& k, Beside beside_piece) {
-    using T = Arithmetic<S>;
-    const int64_t c = item.c0;
-    Totals<T> totals;
-    for (int64_t p = item.begin; p < item.end; ++p) {
-        const Piece piece(job.grid, p);
-        const auto beside = beside_piece(piece);
-        Accumulators<T> total;
-        for (int64_t row = piece.k0; row < piece.k1; ++row) {
-            const int64_t bit = job.bit(row, c) + piece.start;
-            const S* ahead = row_ahead(job, item, job.x, piece, row);
-            const S* ahead_dy = row_ahead(job, item, job.dy, piece, row);
-            auto map = beside.row(row);
-            fold_row(
-                map, total, piece.length,
-                [&](int64_t i, int n, auto& to, Vec<T> dy, Vec<T> x) {
-                    prefetch(ahead + i);
-                    prefetch(ahead_dy + i);
-                    const Vec<T> dz = gated<gate>(job, k, bit, i, n, dy, x);
-                    to.first = to.first + dz;
-                    to.second = fma(dz, Xhat::value(k, i, x), to.second);
-                },
-                Row<S>{job.dy.at(row, c) + piece.start, Vec<T>::all(0)},
-                Row<S>{job.x.at(row, c) + piece.start, k.at(kMean, 0)});
-            beside.rest(map);
-        }
-        totals.add(total);
+// The gradients of an item's channels from their totals.
+template <Gate gate, class S, class TotalOf>
+BNCPU_HOT void settle_gradients(const Job<S>& job, const Item& item, Sums* out, TotalOf total_of) {
+    for (int64_t c = 0; c < item.c1 - item.c0; ++c) {
+        out[c] = total_of(c);
+        if (!finite<S>(out[c]))
+            out[c] = careful_gradients<gate>(job, item.begin, item.end, item.c0 + c);
     }
-    const Sums sums = {totals.first.sum(), totals.second.sum()};
-    if (finite<S>(sums)) return sums;
-    Sums careful{0, 0};
-    for (int64_t p = item.begin; p < item.end; ++p)
-        careful = careful + careful_gradients<gate>(job, Piece(job.grid, p), c, k, 0);
-    return careful;
 }
 
+// Rows form, row after row, as memory has them.
 template <Gate gate, class S, class Beside>
-BNCPU_HOT void column_gradients(const Job<S>& job, const Piece& piece, int64_t c0, int64_t c1,
-                                const ColumnCoefficients<Arithmetic<S>>& k, Sums* out,
+BNCPU_HOT void row_gradients(const Job<S>& job, const Item& item, Sums* out, const Beside& beside) {
+    using T = Arithmetic<S>;
+    const Grid& grid = job.grid;
+    const ItemRows rows(grid, item);
+    const int64_t channels = item.c1 - item.c0;
+    const Vec<T> zero = Vec<T>::all(0);
+    Totals totals[kStripChannels];
+    for (int64_t c = 0; c < channels; ++c) totals[c] = {Vec<double>::all(0), Vec<double>::all(0)};
+    for (int64_t row = rows.k0; row < rows.k1; ++row) {
+        const int64_t begin = rows.begin(row), end = rows.end(row);
+        const S* ahead = row_after(job.x, grid, item, rows, row, 1);
+        const S* ahead_dy = row_after(job.dy, grid, item, rows, row, 1);
+        auto map = beside.template rows<1>(row, 0);
+        for (int64_t c = 0; c < channels; ++c) {
+            const S *x = job.x.at(row, item.c0 + c), *dy = job.dy.at(row, item.c0 + c);
+            const auto k = of_channel<Xhat::fields | gate_fields(gate)>(job.table, item.c0 + c);
+            for (int64_t i = begin; i < end; i += grid.segment) {
+                const int64_t length = std::min(grid.segment, end - i);
+                const int64_t bit = job.bit(row, item.c0 + c) + i;
+                Accumulators<T> sums;
+                fold_row(
+                    map, sums, length,
+                    [&](int64_t j, int n, auto& to, Vec<T> g, Vec<T> v) {
+                        prefetch_l2(ahead + j);
+                        prefetch_l2(ahead_dy + j);
+                        const Vec<T> dz = gated<gate>(job, k, bit + j, n, g, v);
+                        to.first = to.first + dz;
+                        to.second = fma(dz, Xhat::value(k, v), to.second);
+                    },
+                    Row<S>{dy + i, zero}, Row<S>{x + i, k.at(kMean)});
+                totals[c].add(sums);
+                ahead += length;
+                ahead_dy += length;
+            }
+        }
+        beside.rest(map);
+    }
+    settle_gradients<gate>(job, item, out, [&](int64_t c) { return totals[c].sum(); });
+}
+
+// Columns form, four rows at a time.
+template <Gate gate, class S, class Beside>
+BNCPU_HOT void column_gradients(const Job<S>& job, const Item& item,
+                                const Scratch<Arithmetic<S>>& scratch, Sums* out,
                                 const Beside& beside) {
     using T = Arithmetic<S>;
-    const int64_t run = piece.length;
-    const Vec<T> zero = Vec<T>::all(0);
-    ColumnSums<T> sums;
-    by_quads(piece, [&](int64_t first, auto quad) {
-        constexpr int R = decltype(quad)::value;
-        const S *x[R], *dy[R];
-        int64_t bit[R];
-        for (int r = 0; r < R; ++r) {
-            x[r] = job.x.at(first + r, c0);
-            dy[r] = job.dy.at(first + r, c0);
-            bit[r] = job.bit(first + r, c0);
-        }
-        RowsBeside<R, Beside> maps(beside, first);
-        by_vectors<S>((c1 - c0) * run, [&](int64_t i, int n, auto load_at) {
-            maps.step();
-            Vec<T> sum = zero, products = zero;
+    constexpr unsigned fields = Xhat::fields | gate_fields(gate);
+    const Shape& shape = job.grid.shape;
+    const ItemRows rows(job.grid, item);
+    const auto all = spread_out<fields>(scratch.for_sums(), job.table, item, shape);
+    T *first = scratch.first(), *second = scratch.second();
+    const int64_t widest = widest_row(shape, item);
+    clear_sums(scratch, widest);
+    for (int64_t p = item.begin; p < item.end; ++p) {
+        const Piece piece(job.grid, p);
+        by_quads(shape, piece.k0, piece.k1, [&](int64_t k, auto quad) BNCPU_INLINE_LAMBDA {
+            constexpr int R = decltype(quad)::value;
+            const Runs runs(job, item, k);
+            const S *ahead[R], *ahead_dy[R];
             for (int r = 0; r < R; ++r) {
-                const Vec<T> v = load_at(x[r], zero);
-                const Vec<T> dz = gated<gate>(job, k, bit[r], i, n, load_at(dy[r], zero), v);
-                sum = sum + dz;
-                products = fma(dz, Xhat::value(k, i, v), products);
+                ahead[r] = row_after(job.x, job.grid, item, rows, k + r, R);
+                ahead_dy[r] = row_after(job.dy, job.grid, item, rows, k + r, R);
             }
-            sums.add(i, sum, products);
+            for (int64_t j = 0; j < runs.count; ++j) {
+                const int64_t column = j * runs.width;
+                const S *x[R], *dy[R];
+                int64_t bit[R];
+                for (int r = 0; r < R; ++r) {
+                    const int64_t row = (k + r) * shape.fold + j;
+                    x[r] = job.x.at(row, item.c0);
+                    dy[r] = job.dy.at(row, item.c0);
+                    bit[r] = job.bit(row, item.c0);
+                }
+                auto map = beside.template rows<R>(k, j);
+                by_vectors<S>(runs.width, [&](int64_t i, int n, auto load_at) {
+                    map.step();
+                    const auto here = all.template here<fields>(column + i);
+                    const Vec<T> zero = Vec<T>::all(0);
+                    Vec<T> sum = zero, products = zero;
+                    for (int r = 0; r < R; ++r) {
+                        prefetch_l2(ahead[r] + column + i);
+                        prefetch_l2(ahead_dy[r] + column + i);
+                        const Vec<T> v = load_at(x[r], zero);
+                        const Vec<T> dz =
+                            gated<gate>(job, here, bit[r] + i, n, load_at(dy[r], zero), v);
+                        sum = sum + dz;
+                        products = fma(dz, Xhat::value(here, v), products);
+                    }
+                    add_to(first + column + i, sum);
+                    add_to(second + column + i, products);
+                });
+                beside.rest(map);
+            }
         });
-        maps.rest();
-    });
-    for (int64_t c = 0; c < c1 - c0; ++c) {
-        out[c] = sums.of(c * run, run);
-        if (!finite<S>(out[c])) out[c] = careful_gradients<gate>(job, piece, c0 + c, k, c * run);
+        flush_sums(scratch, widest);
     }
+    settle_gradients<gate>(job, item, out,
+                           [&](int64_t c) { return total_of(scratch, shape, c * shape.run); });
 }
 
 }  // namespace

@@ -47,7 +47,7 @@ cdef extern from "tiling.hpp" namespace "bncpu" nogil:
 
     cdef struct Shape:
         bint columns
-        int64_t rows, channels, run
+        int64_t rows, channels, run, fold, last
 
     cdef struct Grid:
         Shape shape
@@ -55,13 +55,24 @@ cdef extern from "tiling.hpp" namespace "bncpu" nogil:
         bint whole_rows
 
     cdef struct Plan:
-        int64_t tile_channels, tiles, unit_channels
+        int64_t tiles, tile_channels, units
         int outer_threads, inner_threads
         bint stream, pipelined
 
+    cdef struct Caches:
+        int64_t l2, l3
+
+    cdef struct Traffic:
+        int64_t itemsize, inputs, passes
+        bint adjoining
+
+    Shape folded_rows(Shape shape) noexcept
+    int64_t values_of(const Shape& shape) noexcept
+    int64_t share(int64_t total, int64_t n, int64_t i) noexcept
     Grid make_grid(Shape shape) noexcept
-    Plan make_plan(const Grid& grid, int64_t itemsize, int64_t inputs, int64_t passes,
-                   int64_t threads, int64_t l2, int64_t l3) noexcept
+    Grid make_map_grid(Shape shape) noexcept
+    Plan make_plan(const Grid& grid, const Traffic& traffic, int64_t threads,
+                   const Caches& caches) noexcept
 
 cdef extern from "coefficients.hpp" namespace "bncpu" nogil:
     cdef struct Channels:
@@ -93,17 +104,24 @@ cdef extern from "items.hpp" namespace "bncpu" nogil:
         Plan plan
         View[T] x, residual, dy, out, dresidual
         uint8_t* mask
-        bint relu, fixed
+        bint relu, fixed, gapless
         Channels channels
 
     cdef enum Step:
         kSum, kMap, kMapAndSum
 
-    int64_t items_in[T](const Job[T]& job, int64_t c0, int64_t c1) noexcept
-    void run_item[T](Step step, const Job[T]& job, int64_t c0, int64_t c1, int64_t i,
-                     Sums* table) noexcept
-    Sums merged_moments(const Grid& grid, const Plan& plan, const Sums* table, int64_t c) noexcept
-    Sums merged_gradients(const Grid& grid, const Plan& plan, const Sums* table, int64_t c) noexcept
+    bint rows_alike[T](const Job[T]& job) noexcept
+    bint channels_adjoin[T](const Job[T]& job) noexcept
+    bint rows_adjoin[T](const Job[T]& job) noexcept
+    int64_t bytes_of_table[T](const Job[T]& job) noexcept
+    void place_table[T](Job[T]& job, void* memory) noexcept
+    void set_forward[T](Job[T]& job, int64_t c) noexcept
+    void set_backward[T](Job[T]& job, int64_t c) noexcept
+    void run_item[T](Step step, const Job[T]& job, int64_t tile, int64_t i, Sums* table,
+                     void* scratch) noexcept
+    int64_t bytes_of_scratch[T](const Job[T]& job) noexcept
+    void merge_moments_of_parts(const Grid& grid, const Plan& plan, Sums* table) noexcept
+    void add_gradients_of_parts(const Grid& grid, const Plan& plan, Sums* table) noexcept
 
 cdef extern from "streams.hpp" namespace "bncpu" nogil:
     const int64_t kStreamBlock
@@ -128,8 +146,7 @@ cdef enum Operation:
     OPERATION_INFER_BACKWARD
 
 # Sane defaults until set_cache_sizes: a core of the last ten years, a modest share of an L3.
-cdef int64_t l2_bytes = 1 << 20
-cdef int64_t l3_bytes = 8 << 20
+cdef Caches caches = Caches(1 << 20, 8 << 20)
 
 
 @cython.final
@@ -192,16 +209,14 @@ cdef struct Parameters:
     bint relu
 
 
-cdef void finish_moments(Job[storage]& job, Parameters& given, Sums* table, int64_t c, int64_t slot,
+cdef void finish_moments(Job[storage]& job, Parameters& given, Sums moments, int64_t c,
                          Operation operation) noexcept nogil:
     # Algorithm 1 of the paper, lines 1 and 2; scale and shift are what its line 4 needs.
-    cdef Sums moments = merged_moments(job.grid, job.plan, table, slot)
-    cdef Shape shape = job.grid.shape
     job.channels.mean[c] = moments.first
     if operation == OPERATION_MOMENTS:
         given.var[c] = moments.second  # m2: the caller has no use for a variance yet
         return
-    given.var[c] = moments.second / (<double> shape.rows * <double> shape.run)
+    given.var[c] = moments.second / <double> values_of(job.grid.shape)
     prepare_channel(job, given, c)
 
 
@@ -212,80 +227,98 @@ cdef void prepare_channel(Job[storage]& job, Parameters& given, int64_t c) noexc
     invstd = job.channels.invstd[c]
     job.channels.scale[c] = invstd if given.gamma == NULL else given.gamma[c] * invstd
     job.channels.shift[c] = 0 if given.beta == NULL else given.beta[c]
+    set_forward(job, c)
 
 
-cdef void finish_gradients(Job[storage]& job, Parameters& given, Sums* table, int64_t c,
-                           int64_t slot) noexcept nogil:
-    cdef Sums sums = merged_gradients(job.grid, job.plan, table, slot)
-    cdef double m = <double> job.grid.shape.rows * <double> job.grid.shape.run
+cdef void finish_gradients(Job[storage]& job, Parameters& given, Sums sums,
+                           int64_t c) noexcept nogil:
+    cdef double m = <double> values_of(job.grid.shape)
     given.dbeta[c] = sums.first
     given.dgamma[c] = sums.second
     job.channels.mean_dy[c] = sums.first / m
     job.channels.slope[c] = -job.channels.invstd[c] * (sums.second / m)
+    set_backward(job, c)
 
 
-cdef void run_items(Step step, Job[storage]& job, int64_t c0, int64_t c1,
-                    Sums* table) noexcept nogil:
-    # Every item of a tile. The static schedule is the same for every step, so that what a thread
-    # has read in one is in its own L2 in the next. One thread enters no parallel region: regions
-    # within regions start threads anew, and these loops may already run within one.
-    cdef int64_t items = items_in(job, c0, c1), i
-    if job.plan.inner_threads == 1:
-        for i in range(items):
-            run_item(step, job, c0, c1, i, table)
+cdef void run_share(Step step, Job[storage]& job, int64_t tile, Sums* table, char* scratch,
+                    int64_t worker) noexcept nogil:
+    # A worker's items of a tile: the same ones in every step, so that what a thread has read in one
+    # is in its own L2 in the next.
+    cdef int64_t items = job.grid.parts * job.plan.units, i
+    cdef int64_t first = share(items, job.plan.inner_threads, worker)
+    cdef int64_t last = share(items, job.plan.inner_threads, worker + 1)
+    for i in range(first, last):
+        run_item(step, job, tile, i, table, scratch)
+
+
+cdef void run_items(Step step, Job[storage]& job, int64_t tile, Sums* table,
+                    char* scratch) noexcept nogil:
+    # Every item of a tile. One thread enters no parallel region: regions within regions start
+    # threads anew, and this may already run within one.
+    cdef int64_t size = bytes_of_scratch(job)
+    cdef int workers = job.plan.inner_threads, worker
+    if workers == 1:
+        run_share(step, job, tile, table, scratch, 0)
     else:
-        for i in prange(items, num_threads=job.plan.inner_threads, schedule="static"):
-            run_item(step, job, c0, c1, i, table)
+        for worker in prange(workers, num_threads=workers, schedule="static"):
+            run_share(step, job, tile, table, scratch + worker * size, worker)
 
 
 cdef void finish_tile(Job[storage]& job, Parameters& given, Operation operation, int64_t c0,
                       int64_t c1, Sums* table) noexcept nogil:
     cdef int64_t c
-    for c in range(c0, c1):
-        if operation == OPERATION_MOMENTS or operation == OPERATION_TRAIN:
-            finish_moments(job, given, table, c, c - c0, operation)
-        else:
-            finish_gradients(job, given, table, c, c - c0)
+    if operation == OPERATION_MOMENTS or operation == OPERATION_TRAIN:
+        merge_moments_of_parts(job.grid, job.plan, table)
+        for c in range(c0, c1):
+            finish_moments(job, given, table[c - c0], c, operation)
+    else:
+        add_gradients_of_parts(job.grid, job.plan, table)
+        for c in range(c0, c1):
+            finish_gradients(job, given, table[c - c0], c)
 
 
 cdef void run_tiles(Job[storage]& job, Parameters& given, Operation operation, int64_t first,
-                    int64_t last, Sums* table) noexcept nogil:
+                    int64_t last, Sums* table, char* scratch) noexcept nogil:
     # The tiles from first up to last, in turn: sums, channels, results. In a pipeline a tile's
-    # results wait until the next tile is summed (the last one may be narrower: no item of its own
-    # for every item of the one before).
-    cdef int64_t tile, c0, c1, width = job.plan.tile_channels
+    # results wait until the next tile is summed.
+    cdef int64_t tile, channels = job.grid.shape.channels
     cdef bint waiting = False
     for tile in range(first, last):
-        c0 = tile * width
-        c1 = min(job.grid.shape.channels, c0 + width)
         if operation != OPERATION_INFER:
-            if waiting and c1 - c0 == width:
-                run_items(kMapAndSum, job, c0, c1, table)
-            else:
-                if waiting:
-                    run_items(kMap, job, c0 - width, c0, table)
-                run_items(kSum, job, c0, c1, table)
-            finish_tile(job, given, operation, c0, c1, table)
+            run_items(kMapAndSum if waiting else kSum, job, tile, table, scratch)
+            finish_tile(job, given, operation, share(channels, job.plan.tiles, tile),
+                        share(channels, job.plan.tiles, tile + 1), table)
         waiting = operation != OPERATION_MOMENTS and job.plan.pipelined and tile < last - 1
         if operation != OPERATION_MOMENTS and not waiting:
-            run_items(kMap, job, c0, c1, table)
+            run_items(kMap, job, tile, table, scratch)
 
 
 cdef int run(Job[storage]& job, Parameters& given, Operation operation, Shape shape, double* mean,
              double* invstd, int threads) except -1:
     # A job whose arrays have their places.
     cdef int64_t channels = shape.channels
-    job.grid = make_grid(shape)
-    cdef int passes = 1 if operation == OPERATION_MOMENTS or operation == OPERATION_INFER else 2
-    job.plan = make_plan(job.grid, sizeof(storage), 1 if job.dy.data == NULL else 2, passes,
-                         threads, l2_bytes, l3_bytes)
+    job.grid = make_map_grid(shape) if operation == OPERATION_INFER else make_grid(shape)
+    cdef Traffic traffic
+    traffic.itemsize = sizeof(storage)
+    traffic.inputs = 1 if job.dy.data == NULL else 2
+    traffic.passes = 1 if operation == OPERATION_MOMENTS or operation == OPERATION_INFER else 2
+    traffic.adjoining = channels_adjoin(job)
+    job.gapless = rows_adjoin(job)
+    job.plan = make_plan(job.grid, traffic, threads, caches)
+    if shape.columns and not rows_alike(job):
+        job.plan.pipelined = False
     job.mask, job.relu = given.mask, given.relu
     job.fixed = operation == OPERATION_INFER_BACKWARD
 
-    # Five coefficients per channel, then a table of partial sums for every tile under way.
-    cdef int64_t table_size = job.grid.parts * job.plan.tile_channels
-    cdef size_t size = (5 * channels * sizeof(double)
-                        + job.plan.outer_threads * table_size * sizeof(Sums))
+    # Five coefficients per channel, the same as the loops want them, a table of partial sums for
+    # every tile under way, and what each thread works with.
+    cdef int64_t table_size = 0, scratch_size = bytes_of_scratch(job)
+    if operation != OPERATION_INFER:
+        table_size = job.grid.parts * job.plan.tile_channels
+    cdef int outer = job.plan.outer_threads
+    cdef size_t size = (5 * channels * sizeof(double) + bytes_of_table(job)
+                        + outer * table_size * sizeof(Sums)
+                        + outer * job.plan.inner_threads * scratch_size)
     cdef double* memory = <double*> malloc(size)
     if memory == NULL:
         raise MemoryError(f"{size} bytes for partial sums")
@@ -295,19 +328,22 @@ cdef int run(Job[storage]& job, Parameters& given, Operation operation, Shape sh
     job.channels.shift = memory + 2 * channels
     job.channels.mean_dy = memory + 3 * channels
     job.channels.slope = memory + 4 * channels
-    cdef Sums* tables = <Sums*> (memory + 5 * channels)
-    cdef int outer = job.plan.outer_threads
+    cdef char* rest = <char*> (memory + 5 * channels)
+    place_table(job, rest)
+    cdef Sums* tables = <Sums*> (rest + bytes_of_table(job))
+    cdef char* scratch = <char*> (tables + outer * table_size)
     cdef int64_t strand, c
     with nogil:
         if operation != OPERATION_MOMENTS and operation != OPERATION_TRAIN:
             for c in range(channels):
                 prepare_channel(job, given, c)
         if outer == 1:
-            run_tiles(job, given, operation, 0, job.plan.tiles, tables)
+            run_tiles(job, given, operation, 0, job.plan.tiles, tables, scratch)
         else:
             for strand in prange(outer, num_threads=outer, schedule="static"):
                 run_tiles(job, given, operation, job.plan.tiles * strand // outer,
-                          job.plan.tiles * (strand + 1) // outer, tables + strand * table_size)
+                          job.plan.tiles * (strand + 1) // outer, tables + strand * table_size,
+                          scratch + strand * scratch_size)
     free(memory)
     return 0
 
@@ -318,6 +354,7 @@ cdef int place_and_run(Job[storage]& job, Parameters& given, Operation operation
     cdef Shape shape
     shape.columns, shape.rows, shape.channels, shape.run = (
         geometry.columns, geometry.rows, geometry.channels, geometry.run)
+    shape = folded_rows(shape)
     place(job.x, arrays.x, rows_per_plane)
     place(job.residual, arrays.residual, rows_per_plane)
     place(job.dy, arrays.dy, rows_per_plane)
@@ -422,13 +459,20 @@ def infer_backward(geometry, x, dy, dx, dresidual, const uint8_t[::1] mask, bint
 
 def tile_plan(bint columns, int64_t rows, int64_t channels, int64_t run, *, int64_t itemsize=4,
               int64_t inputs=1, int64_t passes=2, int64_t threads=1, int64_t l2=1 << 20,
-              int64_t l3=8 << 20):
+              int64_t l3=8 << 20, bint adjoining=True):
     """Return the grid and the plan for a problem on a given machine, as one dict (for tests)."""
     cdef Shape shape
     shape.columns, shape.rows, shape.channels, shape.run = columns, rows, channels, run
+    shape = folded_rows(shape)
     cdef Grid grid = make_grid(shape)
-    cdef Plan plan = make_plan(grid, itemsize, inputs, passes, threads, l2, l3)
+    cdef Traffic traffic
+    traffic.itemsize, traffic.inputs, traffic.passes = itemsize, inputs, passes
+    traffic.adjoining = adjoining
+    cdef Plan plan = make_plan(grid, traffic, threads, Caches(l2, l3))
     return {
+        "rows": grid.shape.rows,
+        "fold": grid.shape.fold,
+        "last": grid.shape.last,
         "piece_rows": grid.piece_rows,
         "segments": grid.segments,
         "pieces": grid.pieces,
@@ -436,7 +480,7 @@ def tile_plan(bint columns, int64_t rows, int64_t channels, int64_t run, *, int6
         "whole_rows": bool(grid.whole_rows),
         "tile_channels": plan.tile_channels,
         "tiles": plan.tiles,
-        "unit_channels": plan.unit_channels,
+        "units": plan.units,
         "outer_threads": plan.outer_threads,
         "inner_threads": plan.inner_threads,
         "stream": bool(plan.stream),
@@ -446,8 +490,7 @@ def tile_plan(bint columns, int64_t rows, int64_t channels, int64_t run, *, int6
 
 def set_cache_sizes(int64_t l2, int64_t l3):
     """Say how large one core's L2 and the shared L3 are, in bytes."""
-    global l2_bytes, l3_bytes
-    l2_bytes, l3_bytes = l2, l3
+    caches.l2, caches.l3 = l2, l3
 
 
 def max_threads():

@@ -1,56 +1,65 @@
-// The results of a piece: y or dx, row by row, each row a target of RowMap (rows.hpp).
+// The results of an item: y or dx, each row a target of RowsMap (rows.hpp).
 #pragma once
 
 #include <limits>
 
-#include "pieces.hpp"
+#include "columns.hpp"
 
 namespace bncpu {
 namespace {
 
+// A row of results: values [begin, begin + width) of row k from channel c on; the row that is
+// written after it, if any; and the row of the residual to ask for meanwhile, if any.
+template <class S>
+struct Place {
+    int64_t k, c, begin, width;
+    const S *next, *residual_next;
+};
+
 // Streamed rows begin and end within cache lines that are written like any other. A store to a line
 // that is not in the cache holds up all stores behind it, so these lines are asked for early: the
-// last one of this row, and the first one of the next unless that is the same.
+// last one of this row, and the first one of the row that is written after it.
 template <class S>
-BNCPU_INLINE void prefetch_ends(const Job<S>& job, const View<S>& out, int64_t row, int64_t c,
-                                const Piece& piece, int64_t width) {
-    const S* begin = out.at(row, c) + piece.start;
-    prefetch(begin + width - 1);
-    if (row + 1 < piece.k1 && job.plan.tile_channels < job.grid.shape.channels)
-        prefetch(out.at(row + 1, c) + piece.start);
+BNCPU_INLINE void prefetch_ends(const S* out, const Place<S>& at) {
+    prefetch(out + at.width - 1);
+    if (at.next != nullptr) prefetch(at.next);
 }
 
-// y = act(xhat * gamma + beta + residual) of one row, and its bits of the mask.
-template <bool with_residual, bool with_mask, class S, class Coefficients>
+// y = act(xhat * gamma + beta + residual) of one row, and its bits of the mask. K gives the
+// coefficients along the row.
+template <bool with_residual, bool with_mask, class S, class K>
 struct ForwardRow {
     using T = Arithmetic<S>;
-    const Coefficients& k;
+    K k;
     S* out;
-    const S *x, *residual, *ahead;
+    const S *x, *residual, *residual_next;
     Vec<T> floor;
     BitWriter writer;
 
-    BNCPU_INLINE ForwardRow(const Job<S>& job, const Piece& piece, int64_t row, int64_t c,
-                            int64_t width, const Coefficients& k)
+    BNCPU_INLINE ForwardRow(const Job<S>& job, const Place<S>& at, const K& k)
         : k(k),
-          out(job.out.at(row, c) + piece.start),
-          x(job.x.at(row, c) + piece.start),
-          residual(with_residual ? job.residual.at(row, c) + piece.start : nullptr),
-          ahead(job.x.at(row + 1 < piece.k1 ? row + 1 : row, c) + piece.start),
+          out(job.out.at(at.k, at.c) + at.begin),
+          x(job.x.at(at.k, at.c) + at.begin),
+          residual(with_residual ? job.residual.at(at.k, at.c) + at.begin : nullptr),
+          residual_next(at.residual_next != nullptr ? at.residual_next : residual),
           floor(Vec<T>::all(job.relu ? (T)0 : -std::numeric_limits<T>::infinity())),
-          writer(job.mask, with_mask ? job.bit(row, c) + piece.start : 0) {
-        if (job.plan.stream) prefetch_ends(job, job.out, row, c, piece, width);
+          writer(job.mask, with_mask ? job.bit(at.k, at.c) + at.begin : 0) {
+        if (job.plan.stream) prefetch_ends(out, at);
     }
 
-    template <class Load>
-    BNCPU_INLINE Vec<T> value(int64_t i, int n, Load load_at) {
+    BNCPU_INLINE decltype(auto) coefficients_at(int64_t i) { return k.here(i); }
+    BNCPU_INLINE bool same_until(int64_t i) const { return k.same_until(i); }
+    template <class Here, class Load>
+    BNCPU_INLINE Vec<T> value(const Here& here, int64_t i, int n, Load load_at) {
         const Vec<T> none = Vec<T>::all(0);
-        Vec<T> z = Normalise::value(k, i, load_at(x, none));
-        if constexpr (with_residual) z = z + load_at(residual, none);
+        Vec<T> z = Normalise::value(here, load_at(x, none));
+        if constexpr (with_residual) {
+            prefetch_l2(residual_next + i);
+            z = z + load_at(residual, none);
+        }
         if constexpr (with_mask) writer.put(bits_above(z, Vec<T>::all(kStoredAsZero<S>)), n);
         return at_least(floor, z);
     }
-    BNCPU_INLINE void prefetch_ahead(int64_t i) { prefetch_l2(ahead + i); }
     BNCPU_INLINE void finish() {
         if constexpr (with_mask) writer.finish();
     }
@@ -58,42 +67,41 @@ struct ForwardRow {
 
 // dx of one row, and dresidual = dz where it is asked for. Constant statistics need x only for the
 // sign.
-template <bool fixed, Gate gate, class S, class Coefficients>
+template <bool fixed, Gate gate, class S, class K>
 struct BackwardRow {
     using T = Arithmetic<S>;
     static constexpr bool reads_x = !fixed || gate == kSign;
     const Job<S>& job;
-    const Coefficients& k;
+    K k;
     S *out, *dresidual = nullptr;
-    const S *x, *dy, *x_ahead, *dy_ahead;
+    const S *x, *dy;
     int64_t bit;
     bool stream_both = false;
 
-    BNCPU_INLINE BackwardRow(const Job<S>& job, const Piece& piece, int64_t row, int64_t c,
-                             int64_t width, const Coefficients& k)
+    BNCPU_INLINE BackwardRow(const Job<S>& job, const Place<S>& at, const K& k)
         : job(job),
           k(k),
-          out(job.out.at(row, c) + piece.start),
-          x(job.x.at(row, c) + piece.start),
-          dy(job.dy.at(row, c) + piece.start),
-          x_ahead(job.x.at(row + 1 < piece.k1 ? row + 1 : row, c) + piece.start),
-          dy_ahead(job.dy.at(row + 1 < piece.k1 ? row + 1 : row, c) + piece.start),
-          bit(job.bit(row, c) + piece.start) {
+          out(job.out.at(at.k, at.c) + at.begin),
+          x(job.x.at(at.k, at.c) + at.begin),
+          dy(job.dy.at(at.k, at.c) + at.begin),
+          bit(job.bit(at.k, at.c) + at.begin) {
         if (job.dresidual.data != nullptr) {
-            dresidual = job.dresidual.at(row, c) + piece.start;
+            dresidual = job.dresidual.at(at.k, at.c) + at.begin;
             stream_both =
                 job.plan.stream && ((uintptr_t)dresidual - (uintptr_t)out) % kStreamBytes<S> == 0;
         }
-        if (job.plan.stream) prefetch_ends(job, job.out, row, c, piece, width);
+        if (job.plan.stream) prefetch_ends(out, at);
     }
 
-    template <class Load>
-    BNCPU_INLINE Vec<T> value(int64_t i, int n, Load load_at) {
+    BNCPU_INLINE decltype(auto) coefficients_at(int64_t i) { return k.here(i); }
+    BNCPU_INLINE bool same_until(int64_t i) const { return k.same_until(i); }
+    template <class Here, class Load>
+    BNCPU_INLINE Vec<T> value(const Here& here, int64_t i, int n, Load load_at) {
         const Vec<T> none = Vec<T>::all(0);
         const Vec<T> g = load_at(dy, none);
         Vec<T> v = none;
         if constexpr (reads_x) v = load_at(x, none);
-        const Vec<T> dz = gated<gate>(job, k, bit, i, n, g, v);
+        const Vec<T> dz = gated<gate>(job, here, bit + i, n, g, v);
         if constexpr (gate == kBits)
             if (dresidual != nullptr) {
                 if (n < Vec<T>::lanes)
@@ -104,23 +112,58 @@ struct BackwardRow {
                     store(dz, dresidual + i);
             }
         if constexpr (fixed)
-            return FixedGradient::value(k, i, dz);
+            return FixedGradient::value(here, dz);
         else
-            return Gradient::value(k, i, dz, v);
-    }
-    BNCPU_INLINE void prefetch_ahead(int64_t i) {
-        prefetch_l2(dy_ahead + i);
-        if constexpr (reads_x) prefetch_l2(x_ahead + i);
+            return Gradient::value(here, dz, v);
     }
     BNCPU_INLINE void finish() {}
 };
 
-// Every row of a piece as a target of its own: out = ...
-template <class Target, class S, class Coefficients>
-BNCPU_HOT void map_piece(const Job<S>& job, const Piece& piece, int64_t c, int64_t width,
-                         const Coefficients& k) {
-    for (int64_t row = piece.k0; row < piece.k1; ++row)
-        map_row<S>(job.plan.stream, Target(job, piece, row, c, width, k), width);
+// The targets of an item's rows: what is filled by Target, with the coefficients that K makes.
+template <class Target, class S, class K>
+struct Results {
+    const Job<S>& job;
+    const Item& item;
+    const ItemRows& rows;
+    const K& k;  // k(column) gives those of a run
+
+    // Run j (the only one in the rows form) of a row; the one below is `step` rows on.
+    BNCPU_INLINE Target row(int64_t row, int64_t j, int64_t step) const {
+        const Shape& shape = job.grid.shape;
+        const int64_t below = row + step;
+        const bool apart = below < rows.k1 && item.c1 - item.c0 < shape.channels;
+        const S* next = apart ? job.out.at(below * shape.fold, item.c0) : nullptr;
+        // Beside sums the residual comes from memory in strips, as x does (alone: in one go).
+        const S* residual_next =
+            job.plan.pipelined ? row_after(job.residual, job.grid, item, rows, row, step) : nullptr;
+        return Target(
+            job, {row * shape.fold + j, item.c0, rows.begin(row), width(row), next, residual_next},
+            k(j * width(row)));
+    }
+    BNCPU_INLINE int64_t width(int64_t row) const {
+        const Shape& shape = job.grid.shape;
+        if (shape.columns) return Runs(job, item, row).width;
+        return rows.end(row) - rows.begin(row) + (item.c1 - item.c0 - 1) * shape.run;
+    }
+    BNCPU_INLINE int64_t runs(int64_t row) const {
+        return job.grid.shape.columns ? Runs(job, item, row).count : 1;
+    }
+};
+
+// An item's rows, four at a time or one.
+template <bool quads, class Target, class S, class K>
+BNCPU_HOT void map_item_rows(const Results<Target, S, K>& results) {
+    const auto map = [&](int64_t k, auto count) {
+        for (int64_t j = 0; j < results.runs(k); ++j)
+            map_rows<decltype(count)::value, S>(
+                results.job.plan.stream, [&](int r) { return results.row(k + r, j, count); },
+                results.width(k));
+    };
+    const ItemRows& rows = results.rows;
+    if constexpr (quads)
+        by_quads(results.job.grid.shape, rows.k0, rows.k1, map);
+    else
+        for (int64_t k = rows.k0; k < rows.k1; ++k) map(k, std::integral_constant<int, 1>());
 }
 
 }  // namespace

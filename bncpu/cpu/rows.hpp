@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <utility>
 
 #include "storage.hpp"
 
@@ -18,6 +20,13 @@ struct Row {
     const S* data;
     VecOf<S> beyond;
 };
+
+// Two sums of one channel: of x and its square about a pivot, (mean, m2), or (sum dy, sum dy *
+// xhat).
+struct Sums {
+    double first, second;
+};
+inline Sums operator+(Sums a, Sums b) { return {a.first + b.first, a.second + b.second}; }
 
 // Two running sums, four times over.
 template <class T>
@@ -36,15 +45,16 @@ struct Accumulators {
     }
 };
 
-// What accumulators leave behind when they begin anew: their sums in double, lane by lane.
-template <class T>
+// What accumulators leave behind when they begin anew: their sums in double, lanes upon lanes.
 struct Totals {
-    Wide<T> first, second;
+    Vec<double> first, second;
 
-    void add(const Accumulators<T>& a) {
-        first.add(a.first().wide());
-        second.add(a.second().wide());
+    template <class T>
+    BNCPU_INLINE void add(const Accumulators<T>& a) {
+        first = first + folded(a.first());
+        second = second + folded(a.second());
     }
+    Sums sum() const { return {first.sum(), second.sum()}; }
 };
 
 // Work that a fold does vector by vector beside its own: none.
@@ -72,7 +82,10 @@ BNCPU_INLINE void fold_row(Beside& beside, Accumulators<Arithmetic<S>>& sums, in
         take(i + 2 * L, to.pair[2]);
         take(i + 3 * L, to.pair[3]);
     }
-    for (; i + L <= n; i += L) take(i, to.pair[0]);
+    for (; i + L <= n; i += L) {
+        beside.step();
+        take(i, to.pair[0]);
+    }
     if (i < n)
         f(i, (int)(n - i), to.pair[1], load(row.data + i, n - i, row.beyond),
           load(rest.data + i, n - i, rest.beyond)...);
@@ -98,91 +111,114 @@ BNCPU_INLINE void by_vectors(int64_t n, F f) {
           [i, n](const auto* p, auto beyond) { return load(p + i, n - i, beyond); });
 }
 
-// One row of results, out[i] = value(i, lanes, load_at), to be written at once (rest) or, vector by
-// vector, beside other work (step). When streamed, results go past the caches: the head of the row
-// up to the first aligned vector, and its tail, are ordinary stores.
+// Rows of results, out[i] = value(here, i, lanes, load_at), the same vector of each in turn: to be
+// written at once (rest) or, vector by vector, beside other work (step). When streamed, results go
+// past the caches: the head of a row up to the first aligned vector, and its tail, are ordinary
+// stores, and all rows are aligned alike.
 //
-// A Target has the row `out` and the functions value(i, lanes, load_at), load_at as by_vectors has
-// it, prefetch_ahead(i), called for a row that is written at once (alone), and finish().
-template <bool streamed, bool alone, class S, class Target>
-class RowMap {
+// A Target is one row: `out`, coefficients_at(i), which are asked for once for all rows, from left
+// to right, same_until(i), whether they are the same up to there, value(here, i, lanes, load_at),
+// load_at as by_vectors has it, and finish().
+template <bool streamed, int R, class S, class Target>
+class RowsMap {
    public:
-    BNCPU_INLINE RowMap(Target target, int64_t n) : target(target), n(n) {
-        if (!streamed) return;
-        const int64_t head = (int64_t)(-(uintptr_t)target.out % kStreamBytes<S> / sizeof(S));
-        if (head > 0) part(std::min(head, n));
-    }
+    template <class Maker>
+    BNCPU_INLINE RowsMap(const Maker& make, int64_t n)
+        : RowsMap(make, n, std::make_integer_sequence<int, R>()) {}
 
     // The next vector, or the next four, if there are as many left.
     BNCPU_INLINE void step() {
-        if (i + L <= n) vector(i), i += L;
+        if (i + L <= n) vector(target[0].coefficients_at(i), i), i += L;
     }
     BNCPU_INLINE void block() {
         if (i + 4 * L > n) return;
-        vector(i);
-        vector(i + L);
-        vector(i + 2 * L);
-        vector(i + 3 * L);
+        if (target[0].same_until(i + 4 * L)) {
+            const auto here = target[0].coefficients_at(i);
+            for (int j = 0; j < 4; ++j) vector(here, i + j * L);
+        } else {
+            for (int j = 0; j < 4; ++j) vector(target[0].coefficients_at(i + j * L), i + j * L);
+        }
         i += 4 * L;
     }
 
     // All that is left; to be called once.
     BNCPU_INLINE void rest() {
-        for (; i + L <= n; i += L) vector(i);
+        while (i + 4 * L <= n) block();
+        while (i + L <= n) step();
         if (i < n) part(n - i);
-        target.finish();
+        for (Target& row : target) row.finish();
     }
 
    private:
     static constexpr int L = VecOf<S>::lanes;
-    Target target;
+    std::array<Target, R> target;
     int64_t n, i = 0;
 
-    BNCPU_INLINE void vector(int64_t at) {
-        if (alone) target.prefetch_ahead(at);
-        const auto y = target.value(at, L, [at](const auto* p, auto) { return load(p + at); });
-        if (streamed)
-            stream(y, target.out + at);
-        else
-            store(y, target.out + at);
+    template <class Maker, int... r>
+    BNCPU_INLINE RowsMap(const Maker& make, int64_t n, std::integer_sequence<int, r...>)
+        : target{make(r)...}, n(n) {
+        if (!streamed) return;
+        const int64_t head = (int64_t)(-(uintptr_t)target[0].out % kStreamBytes<S> / sizeof(S));
+        if (head > 0) part(std::min(head, n));
+    }
+
+    template <class Here>
+    BNCPU_INLINE void vector(const Here& here, int64_t at) {
+        for (Target& row : target) {
+            const auto y =
+                row.value(here, at, L, [at](const auto* p, auto) { return load(p + at); });
+            if (streamed)
+                stream(y, row.out + at);
+            else
+                store(y, row.out + at);
+        }
     }
     BNCPU_INLINE void part(int64_t count) {
         if (count == L) {
-            vector(i);
+            vector(target[0].coefficients_at(i), i);
         } else {
             const int64_t at = i;
-            const auto y = target.value(at, (int)count, [at, count](const auto* p, auto beyond) {
-                return load(p + at, count, beyond);
-            });
-            store(y, target.out + at, count);
+            const auto& here = target[0].coefficients_at(at);
+            for (Target& row : target)
+                store(row.value(here, at, (int)count,
+                                [at, count](const auto* p, auto beyond) {
+                                    return load(p + at, count, beyond);
+                                }),
+                      row.out + at, count);
         }
         i += count;
     }
 };
 
-template <class S, class Target>
-BNCPU_INLINE void map_row(bool streamed, Target target, int64_t n) {
+// R rows of n results at once; make(r) is the target of row r.
+template <int R, class S, class Maker>
+BNCPU_INLINE void map_rows(bool streamed, const Maker& make, int64_t n) {
+    using Target = decltype(make(0));
     if (streamed)
-        RowMap<true, true, S, Target>(target, n).rest();
+        RowsMap<true, R, S, Target>(make, n).rest();
     else
-        RowMap<false, true, S, Target>(target, n).rest();
+        RowsMap<false, R, S, Target>(make, n).rest();
 }
 
-// What the sums of a piece may have beside them: the results of the piece as another tile has it,
-// row by row (MapBeside), or nothing.
+// What sums may have beside them: the results of the same rows of other channels, as many rows at a
+// time (MapBeside), or nothing.
 struct NothingBeside {
-    Nothing row(int64_t) const { return {}; }
+    template <int R>
+    Nothing rows(int64_t, int64_t) const {
+        return {};
+    }
     static void rest(Nothing&) {}
 };
 
-template <class S, class Maker>
+template <class S, class Results>
 struct MapBeside {
-    Maker make;  // make(k) is the target of row k
-    int64_t width;
+    const Results& results;
 
-    BNCPU_INLINE auto row(int64_t k) const {
-        const auto target = make(k);
-        return RowMap<true, false, S, decltype(make(k))>(target, width);
+    // Run j of the rows from k on.
+    template <int R>
+    BNCPU_INLINE auto rows(int64_t k, int64_t j) const {
+        const auto row = [=](int r) { return results.row(k + r, j, R); };
+        return RowsMap<true, R, S, decltype(row(0))>(row, results.width(k));
     }
     template <class Map>
     static BNCPU_INLINE void rest(Map& map) {

@@ -42,8 +42,10 @@
 // For what a loop must take in whole: only then do its values stay in registers.
 #if defined(__GNUC__)
 #define BNCPU_INLINE inline __attribute__((always_inline))
+#define BNCPU_INLINE_LAMBDA __attribute__((always_inline))
 #else
 #define BNCPU_INLINE __forceinline
+#define BNCPU_INLINE_LAMBDA
 #endif
 
 // The functions that hold the hot loops keep their names in the compiled module, and so do the slow
@@ -200,14 +202,6 @@ struct Wide {
     double v[lanes] = {};
 #endif
 
-    void add(const Wide& other) {
-#if defined(__GNUC__)
-        v += other.v;
-#else
-        for (int i = 0; i < lanes; ++i) v[i] += other.v[i];
-#endif
-    }
-
     double sum() const {
         double part[lanes];
         std::memcpy(part, &v, sizeof part);
@@ -277,6 +271,20 @@ inline Vec<T> operator*(Vec<T> a, Vec<T> b) {
     return a;
 }
 #endif
+
+// The lanes as double, added up to as many as a vector of double has.
+template <class T>
+inline Vec<double> folded(Vec<T> v) {
+    if constexpr (sizeof(T) == 8) {
+        return {v.v};
+    } else {
+        const auto wide = v.wide();
+        Vec<double> low, high;
+        std::memcpy(&low.v, &wide.v, sizeof low.v);
+        std::memcpy(&high.v, (const char*)&wide.v + sizeof low.v, sizeof high.v);
+        return low + high;
+    }
+}
 
 // a * b + c, rounded once where the level has the instruction.
 template <class T>

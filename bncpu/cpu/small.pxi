@@ -13,7 +13,7 @@ cnp.import_array()
 
 cdef enum:
     MOST_CHANNELS = 512  # of a small call; their parameters stand on the stack
-    SHORT_RUN = 512  # as in bncpu.layout, which says why
+    SHORT_RUN = 64  # as in bncpu.layout, which says why
     ROWS_FOR_COLUMNS = 4
 
 
@@ -86,6 +86,7 @@ cdef bint take_call(Small& call, x, gamma, beta, eps, axis, activation):
     else:
         call.shape.columns = run == 1 or (run < SHORT_RUN and n >= ROWS_FOR_COLUMNS)
         call.shape.rows, call.shape.run = n, run
+        call.shape = folded_rows(call.shape)
     call.with_gamma, call.with_beta = gamma is not None, beta is not None
     return ((gamma is None or take(gamma, kind, channels, call.gamma))
             and (beta is None or take(beta, kind, channels, call.beta)))
@@ -184,7 +185,7 @@ def small_train(x, gamma, beta, running_mean, running_var, momentum, eps, axis, 
     if not take_call(call, x, gamma, beta, eps, axis, activation):
         return None
     cdef int64_t channels = call.shape.channels
-    cdef double m = <double> (call.shape.rows * call.shape.run), weight = 0
+    cdef double m = <double> values_of(call.shape), weight = 0
     cdef bint update = running_mean is not None or running_var is not None
     if m < 2:
         return None

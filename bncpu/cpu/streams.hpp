@@ -14,18 +14,19 @@ struct Stream {
     T* out;
     const T *a, *b;
 
+    Nothing coefficients_at(int64_t) const { return {}; }
+    bool same_until(int64_t) const { return true; }
     template <class Load>
-    Vec<T> value(int64_t, int, Load load_at) const {
+    Vec<T> value(Nothing, int64_t, int, Load load_at) const {
         const Vec<T> none = Vec<T>::all(0);
         return b == nullptr ? load_at(a, none) : load_at(a, none) + load_at(b, none);
     }
-    void prefetch_ahead(int64_t) {}
     void finish() {}
 };
 
 template <class T>
 void stream_block(const T* a, const T* b, T* out, int64_t n, bool non_temporal) {
-    map_row<T>(non_temporal, Stream<T>{out, a, b}, n);
+    map_rows<1, T>(non_temporal, [=](int) { return Stream<T>{out, a, b}; }, n);
     if (non_temporal) store_fence();
 }
 
