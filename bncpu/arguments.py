@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bncpu.backends import as_numpy, is_bfloat16
+from bncpu.backends import as_numpy, empty_like, is_bfloat16
 from bncpu.memory import overlap, overlaps_itself, same
 
 if TYPE_CHECKING:
@@ -307,7 +307,7 @@ def output(
         Those of them that out may be, element for element.
     """
     if out is None:
-        return np.empty_like(x, subok=False)
+        return empty_like(x)
     result = as_numpy(name, out)
     _matches(name, result, x, is_read=False)
     _written(name, result)

@@ -62,6 +62,11 @@ def as_numpy(name: str, array: Any) -> NDArray[Any]:
     )
 
 
+def empty_like(x: NDArray[Any]) -> NDArray[Any]:
+    """Return an uninitialised array of x's kind, shape, dtype and order of axes in memory."""
+    return cpu.pool.empty_like(x)
+
+
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
     """Return whether a dtype is that of ml_dtypes, which is told by its name and not imported."""
     return dtype.itemsize == 2 and dtype.kind == "V" and dtype.name == "bfloat16"

@@ -131,6 +131,7 @@ def config() -> dict[str, object]:
         "levels runnable": cpu.runnable_levels(),
         "level chosen": cpu.level,
         "caches": "L2 {} kB, L3 {} kB".format(*(size // 1024 for size in cpu.cache_sizes())),
+        "pool": f"{cpu.pool.kept() >> 20} of {cpu.pool.limit() >> 20} MB kept for large results",
         "openmp": _openmp(),
         "threads": get_num_threads(),
     }

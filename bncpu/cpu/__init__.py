@@ -2,7 +2,8 @@
 
 The same kernels.pyx is compiled once per instruction level into kernels_<level>. The highest level
 that this machine runs is imported; the environment variable BNCPU_LEVEL forces one. Nothing that is
-compiled for a higher level is loaded before the check.
+compiled for a higher level is loaded before the check. BNCPU_POOL_MB says how much memory of large
+results is kept for the next ones.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bncpu.cpu.caches import cache_sizes as cache_sizes
 
 try:
-    from bncpu.cpu import detect
+    from bncpu.cpu import detect, pool
 except ImportError as error:
     raise ImportError(
         f"bncpu: no compiled modules in {Path(__file__).parent}; in a checkout, build them with "
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 # Lowest first. A machine runs every level up to its own; other architectures have one.
 X86_64_LEVELS = ("x86_64_v2", "x86_64_v3", "x86_64_v4")
 OTHER_LEVELS = ("aarch64", "generic")
+
+# Megabytes of large results that are kept for the next ones: two of 100 MB, y and dx in turn.
+POOL_MB = 256
 
 
 def compiled_levels() -> tuple[str, ...]:
@@ -75,6 +79,23 @@ def load_level(name: str) -> Any:
     return module
 
 
+def pool_limit(megabytes: str | None) -> int:
+    """Return the bytes to keep for later results, from a text as BNCPU_POOL_MB has it.
+
+    Raises
+    ------
+    ImportError
+        If it is not a whole number of megabytes.
+    """
+    if megabytes is None:
+        return POOL_MB << 20
+    if not (megabytes.isascii() and megabytes.isdecimal()):
+        raise ImportError(
+            f"BNCPU_POOL_MB={megabytes}: expected megabytes of large results to keep, 0 for none"
+        )
+    return min(int(megabytes), 1 << 40) << 20
+
+
 @contextlib.contextmanager
 def use_level(name: str) -> Iterator[None]:
     """Compute with the kernels of another runnable level inside a with statement (for tests)."""
@@ -89,3 +110,4 @@ def use_level(name: str) -> Iterator[None]:
 
 level = choose_level(compiled_levels(), runnable_levels(), os.environ.get("BNCPU_LEVEL"))
 kernels = load_level(level)
+pool.set_limit(pool_limit(os.environ.get("BNCPU_POOL_MB")))
