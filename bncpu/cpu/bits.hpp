@@ -37,15 +37,29 @@ class BitWriter {
 
     BNCPU_INLINE void flush(int64_t bytes) {
         if (bytes == 0) return;
-        int64_t whole = 0;
-        if (first > 0) {
-            share(0xffu & ~((1u << first) - 1));
-            whole = 1;
+        if (first == 0 && bytes == 4) {
+            store_four();
+        } else {
+            int64_t whole = 0;
+            if (first > 0) {
+                share(0xffu & ~((1u << first) - 1));
+                whole = 1;
+            }
+            for (; whole < bytes; ++whole) next[whole] = (uint8_t)(word >> 8 * whole);
         }
-        for (; whole < bytes; ++whole) next[whole] = (uint8_t)(word >> 8 * whole);
         next += bytes;
         word >>= 8 * bytes;
         used -= 8 * bytes;
+    }
+
+    // The lowest four bytes, the lowest first.
+    BNCPU_INLINE void store_four() {
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+        for (int i = 0; i < 4; ++i) next[i] = (uint8_t)(word >> 8 * i);
+#else
+        const uint32_t four = (uint32_t)word;
+        std::memcpy(next, &four, sizeof four);
+#endif
     }
 
     // Sets and clears the bits of the next byte that are `ours`, and leaves the others.

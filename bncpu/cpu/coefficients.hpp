@@ -104,7 +104,9 @@ class StripCoefficients {
           end(c1 - c0 == 1 ? kNever : run),
           current(of_channel<fields>(table, c0)) {}
 
+    // Whether all vectors up to value i have the same, which these are.
     BNCPU_INLINE bool same_until(int64_t i) const { return i <= end; }
+    BNCPU_INLINE const Coefficients<T, fields>& same() const { return current; }
 
     // Of the vector from value i on; i grows from call to call, by a vector at most.
     BNCPU_INLINE const Coefficients<T, fields>& here(int64_t i) {
@@ -156,6 +158,7 @@ struct ColumnsOf {
     ColumnCoefficients<T> all;
     int64_t column;  // of the row's first value
     static constexpr bool same_until(int64_t) { return false; }
+    BNCPU_INLINE Coefficients<T, fields> same() const { return here(0); }
     BNCPU_INLINE Coefficients<T, fields> here(int64_t i) const {
         return all.template here<fields>(column + i);
     }

@@ -62,8 +62,9 @@ BNCPU_HOT void row_gradients(const Job<S>& job, const Item& item, Sums* out, con
     for (int64_t c = 0; c < channels; ++c) totals[c] = {Vec<double>::all(0), Vec<double>::all(0)};
     for (int64_t row = rows.k0; row < rows.k1; ++row) {
         const int64_t begin = rows.begin(row), end = rows.end(row);
-        const S* ahead = row_after(job.x, grid, item, rows, row, 1);
-        const S* ahead_dy = row_after(job.dy, grid, item, rows, row, 1);
+        const Spot after = spot_after(grid, item, rows, row, 1);
+        const S *ahead = at_spot(job.x, after), *ahead_dy = at_spot(job.dy, after);
+        if (gate == kBits) prefetch_mask(job, after, channels * grid.shape.run);
         auto map = beside.template rows<1>(row, 0);
         for (int64_t c = 0; c < channels; ++c) {
             const S *x = job.x.at(row, item.c0 + c), *dy = job.dy.at(row, item.c0 + c);
@@ -112,8 +113,10 @@ BNCPU_HOT void column_gradients(const Job<S>& job, const Item& item,
             const Runs runs(job, item, k);
             const S *ahead[R], *ahead_dy[R];
             for (int r = 0; r < R; ++r) {
-                ahead[r] = row_after(job.x, job.grid, item, rows, k + r, R);
-                ahead_dy[r] = row_after(job.dy, job.grid, item, rows, k + r, R);
+                const Spot after = spot_after(job.grid, item, rows, k + r, R);
+                ahead[r] = at_spot(job.x, after);
+                ahead_dy[r] = at_spot(job.dy, after);
+                if (gate == kBits) prefetch_mask(job, after, runs.count * runs.width);
             }
             for (int64_t j = 0; j < runs.count; ++j) {
                 const int64_t column = j * runs.width;

@@ -108,7 +108,7 @@ BNCPU_INLINE void sum_rows(const Job<S>& job, const Item& item, const Arithmetic
         totals[c] = {Vec<double>::all(0), Vec<double>::all(0)};
     for (int64_t k = rows.k0; k < rows.k1; ++k) {
         const int64_t begin = rows.begin(k), end = rows.end(k);
-        const S* ahead = row_after(job.x, grid, item, rows, k, 1);
+        const S* ahead = at_spot(job.x, spot_after(grid, item, rows, k, 1));
         auto map = beside.template rows<1>(k, 0);
         for (int64_t c = 0; c < item.c1 - item.c0; ++c) {
             const S* run = job.x.at(k, item.c0 + c);
@@ -229,7 +229,8 @@ BNCPU_INLINE void sum_columns(const Job<S>& job, const Item& item, const ItemRow
             constexpr int R = decltype(quad)::value;
             const Runs runs(job, item, k);
             const S* ahead[R];
-            for (int r = 0; r < R; ++r) ahead[r] = row_after(job.x, job.grid, item, rows, k + r, R);
+            for (int r = 0; r < R; ++r)
+                ahead[r] = at_spot(job.x, spot_after(job.grid, item, rows, k + r, R));
             for (int64_t j = 0; j < runs.count; ++j) {
                 const int64_t column = j * runs.width;
                 const S* row[R];

@@ -139,20 +139,37 @@ struct Runs {
     }
 };
 
+// A row, a channel and a value of its run: a place in every array, and in the mask.
+struct Spot {
+    int64_t k, c, i;
+};
+
 // What a thread reads after row k of an item, of which it takes `count` rows at a time: the rows
 // below, then the same rows of the next channels, then the tile's next rows, then the next tile. It
-// may lie beyond the array, but not beyond its rows. Of rows that are folded it is the first one.
-template <class S>
-const S* row_after(const View<S>& view, const Grid& grid, const Item& item, const ItemRows& rows,
-                   int64_t k, int64_t count) {
-    if (view.data == nullptr) return nullptr;
+// may lie beyond the arrays, but not beyond their rows. Of rows that are folded it is the first
+// one.
+inline Spot spot_after(const Grid& grid, const Item& item, const ItemRows& rows, int64_t k,
+                       int64_t count) {
     const int64_t fold = grid.shape.fold, over = k + count - rows.k1, bottom = grid.shape.rows;
-    if (over < 0) return view.at((k + count) * fold, item.c0);
-    if (!rows_first(grid)) return view.at(k, item.c0) + rows.end(k);
-    if (item.c1 < item.tile_c1)
-        return view.at(std::min(rows.k0 + over, bottom - 1) * fold, item.c1);
-    if (rows.k1 + over < bottom) return view.at((rows.k1 + over) * fold, item.tile_c0);
-    return view.at(std::min(over, bottom - 1) * fold, item.tile_c1);
+    if (over < 0) return {(k + count) * fold, item.c0, 0};
+    if (!rows_first(grid)) return {k, item.c0, rows.end(k)};
+    if (item.c1 < item.tile_c1) return {std::min(rows.k0 + over, bottom - 1) * fold, item.c1, 0};
+    if (rows.k1 + over < bottom) return {(rows.k1 + over) * fold, item.tile_c0, 0};
+    return {std::min(over, bottom - 1) * fold, item.tile_c1, 0};
+}
+
+template <class S>
+const S* at_spot(const View<S>& view, Spot spot) {
+    return view.data == nullptr ? nullptr : view.at(spot.k, spot.c) + spot.i;
+}
+
+// Asks for the bits of n values from a spot on. A store to a line of the mask that is not in the
+// cache would hold up all results behind it.
+template <class S>
+void prefetch_mask(const Job<S>& job, Spot spot, int64_t n) {
+    constexpr int64_t kLine = 64;
+    const uint8_t* p = job.mask + (job.bit(spot.k, spot.c) + spot.i) / 8;
+    for (int64_t i = 0; i < n / 8 + kLine; i += kLine) prefetch(p + i);
 }
 
 // Where the coefficients of the loops stand.

@@ -30,11 +30,12 @@ BNCPU_INLINE void prefetch_ends(const S* out, const Place<S>& at) {
 template <bool with_residual, bool with_mask, class S, class K>
 struct ForwardRow {
     using T = Arithmetic<S>;
+    static constexpr bool with_bits = with_mask;
     K k;
     S* out;
     const S *x, *residual, *residual_next;
     Vec<T> floor;
-    BitWriter writer;
+    std::conditional_t<with_mask, BitWriter, Nothing> state;  // the bits that are not written yet
 
     BNCPU_INLINE ForwardRow(const Job<S>& job, const Place<S>& at, const K& k)
         : k(k),
@@ -43,25 +44,26 @@ struct ForwardRow {
           residual(with_residual ? job.residual.at(at.k, at.c) + at.begin : nullptr),
           residual_next(at.residual_next != nullptr ? at.residual_next : residual),
           floor(Vec<T>::all(job.relu ? (T)0 : -std::numeric_limits<T>::infinity())),
-          writer(job.mask, with_mask ? job.bit(at.k, at.c) + at.begin : 0) {
+          state(job.mask, job.bit(at.k, at.c) + at.begin) {
         if (job.plan.stream) prefetch_ends(out, at);
     }
 
     BNCPU_INLINE decltype(auto) coefficients_at(int64_t i) { return k.here(i); }
     BNCPU_INLINE bool same_until(int64_t i) const { return k.same_until(i); }
-    template <class Here, class Load>
-    BNCPU_INLINE Vec<T> value(const Here& here, int64_t i, int n, Load load_at) {
+    BNCPU_INLINE decltype(auto) same_coefficients() const { return k.same(); }
+    template <class State, class Here, class Load>
+    BNCPU_INLINE Vec<T> value(State& to, const Here& here, int64_t i, int n, Load load_at) const {
         const Vec<T> none = Vec<T>::all(0);
         Vec<T> z = Normalise::value(here, load_at(x, none));
         if constexpr (with_residual) {
             prefetch_l2(residual_next + i);
             z = z + load_at(residual, none);
         }
-        if constexpr (with_mask) writer.put(bits_above(z, Vec<T>::all(kStoredAsZero<S>)), n);
+        if constexpr (with_mask) to.put(bits_above(z, Vec<T>::all(kStoredAsZero<S>)), n);
         return at_least(floor, z);
     }
     BNCPU_INLINE void finish() {
-        if constexpr (with_mask) writer.finish();
+        if constexpr (with_mask) state.finish();
     }
 };
 
@@ -70,13 +72,14 @@ struct ForwardRow {
 template <bool fixed, Gate gate, class S, class K>
 struct BackwardRow {
     using T = Arithmetic<S>;
-    static constexpr bool reads_x = !fixed || gate == kSign;
+    static constexpr bool reads_x = !fixed || gate == kSign, with_bits = gate == kBits;
     const Job<S>& job;
     K k;
     S *out, *dresidual = nullptr;
     const S *x, *dy;
     int64_t bit;
     bool stream_both = false;
+    Nothing state = {};
 
     BNCPU_INLINE BackwardRow(const Job<S>& job, const Place<S>& at, const K& k)
         : job(job),
@@ -95,8 +98,9 @@ struct BackwardRow {
 
     BNCPU_INLINE decltype(auto) coefficients_at(int64_t i) { return k.here(i); }
     BNCPU_INLINE bool same_until(int64_t i) const { return k.same_until(i); }
+    BNCPU_INLINE decltype(auto) same_coefficients() const { return k.same(); }
     template <class Here, class Load>
-    BNCPU_INLINE Vec<T> value(const Here& here, int64_t i, int n, Load load_at) {
+    BNCPU_INLINE Vec<T> value(Nothing, const Here& here, int64_t i, int n, Load load_at) const {
         const Vec<T> none = Vec<T>::all(0);
         const Vec<T> g = load_at(dy, none);
         Vec<T> v = none;
@@ -130,15 +134,15 @@ struct Results {
     // Run j (the only one in the rows form) of a row; the one below is `step` rows on.
     BNCPU_INLINE Target row(int64_t row, int64_t j, int64_t step) const {
         const Shape& shape = job.grid.shape;
-        const int64_t below = row + step;
-        const bool apart = below < rows.k1 && item.c1 - item.c0 < shape.channels;
-        const S* next = apart ? job.out.at(below * shape.fold, item.c0) : nullptr;
+        const Spot after = spot_after(job.grid, item, rows, row, step);
+        const bool apart = row + step < rows.k1 && item.c1 - item.c0 < shape.channels;
         // Beside sums the residual comes from memory in strips, as x does (alone: in one go).
-        const S* residual_next =
-            job.plan.pipelined ? row_after(job.residual, job.grid, item, rows, row, step) : nullptr;
-        return Target(
-            job, {row * shape.fold + j, item.c0, rows.begin(row), width(row), next, residual_next},
-            k(j * width(row)));
+        const S* residual_next = job.plan.pipelined ? at_spot(job.residual, after) : nullptr;
+        if (Target::with_bits) prefetch_mask(job, after, width(row));
+        return Target(job,
+                      {row * shape.fold + j, item.c0, rows.begin(row), width(row),
+                       apart ? at_spot(job.out, after) : nullptr, residual_next},
+                      k(j * width(row)));
     }
     BNCPU_INLINE int64_t width(int64_t row) const {
         const Shape& shape = job.grid.shape;

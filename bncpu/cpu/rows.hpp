@@ -57,8 +57,10 @@ struct Totals {
     Sums sum() const { return {first.sum(), second.sum()}; }
 };
 
-// Work that a fold does vector by vector beside its own: none.
+// Nothing: as work that a fold does vector by vector beside its own, or as the state of a row.
 struct Nothing {
+    template <class... Ignored>
+    Nothing(const Ignored&...) {}
     void step() {}
     void block() {}
 };
@@ -117,8 +119,9 @@ BNCPU_INLINE void by_vectors(int64_t n, F f) {
 // stores, and all rows are aligned alike.
 //
 // A Target is one row: `out`, coefficients_at(i), which are asked for once for all rows, from left
-// to right, same_until(i), whether they are the same up to there, value(here, i, lanes, load_at),
-// load_at as by_vectors has it, and finish().
+// to right, same_until(i), whether they are the same_coefficients() up to there, a `state` that
+// goes from vector to vector, value(state, here, i, lanes, load_at), load_at as by_vectors has it,
+// and finish().
 template <bool streamed, int R, class S, class Target>
 class RowsMap {
    public:
@@ -128,15 +131,17 @@ class RowsMap {
 
     // The next vector, or the next four, if there are as many left.
     BNCPU_INLINE void step() {
-        if (i + L <= n) vector(target[0].coefficients_at(i), i), i += L;
+        if (i + L <= n) vectors(target[0].coefficients_at(i), i), i += L;
     }
     BNCPU_INLINE void block() {
         if (i + 4 * L > n) return;
-        if (target[0].same_until(i + 4 * L)) {
-            const auto here = target[0].coefficients_at(i);
-            for (int j = 0; j < 4; ++j) vector(here, i + j * L);
+        if (R == 1 && target[0].same_until(i + 4 * L)) {
+            const auto& here = target[0].same_coefficients();
+            auto state = target[0].state;  // registers: nobody else can see it change
+            for (int j = 0; j < 4; ++j) vector(target[0], state, here, i + j * L);
+            target[0].state = state;
         } else {
-            for (int j = 0; j < 4; ++j) vector(target[0].coefficients_at(i + j * L), i + j * L);
+            for (int j = 0; j < 4; ++j) vectors(target[0].coefficients_at(i + j * L), i + j * L);
         }
         i += 4 * L;
     }
@@ -162,25 +167,27 @@ class RowsMap {
         if (head > 0) part(std::min(head, n));
     }
 
+    template <class State, class Here>
+    BNCPU_INLINE void vector(const Target& row, State& state, const Here& here, int64_t at) {
+        const auto y =
+            row.value(state, here, at, L, [at](const auto* p, auto) { return load(p + at); });
+        if (streamed)
+            stream(y, row.out + at);
+        else
+            store(y, row.out + at);
+    }
     template <class Here>
-    BNCPU_INLINE void vector(const Here& here, int64_t at) {
-        for (Target& row : target) {
-            const auto y =
-                row.value(here, at, L, [at](const auto* p, auto) { return load(p + at); });
-            if (streamed)
-                stream(y, row.out + at);
-            else
-                store(y, row.out + at);
-        }
+    BNCPU_INLINE void vectors(const Here& here, int64_t at) {
+        for (Target& row : target) vector(row, row.state, here, at);
     }
     BNCPU_INLINE void part(int64_t count) {
         if (count == L) {
-            vector(target[0].coefficients_at(i), i);
+            vectors(target[0].coefficients_at(i), i);
         } else {
             const int64_t at = i;
             const auto& here = target[0].coefficients_at(at);
             for (Target& row : target)
-                store(row.value(here, at, (int)count,
+                store(row.value(row.state, here, at, (int)count,
                                 [at, count](const auto* p, auto beyond) {
                                     return load(p + at, count, beyond);
                                 }),

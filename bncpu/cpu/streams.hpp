@@ -16,8 +16,10 @@ struct Stream {
 
     Nothing coefficients_at(int64_t) const { return {}; }
     bool same_until(int64_t) const { return true; }
+    Nothing same_coefficients() const { return {}; }
+    Nothing state = {};
     template <class Load>
-    Vec<T> value(Nothing, int64_t, int, Load load_at) const {
+    Vec<T> value(Nothing, Nothing, int64_t, int, Load load_at) const {
         const Vec<T> none = Vec<T>::all(0);
         return b == nullptr ? load_at(a, none) : load_at(a, none) + load_at(b, none);
     }
