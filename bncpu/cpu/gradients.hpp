@@ -1,4 +1,4 @@
-// The parameter gradients of a piece: sum dz and sum dz * xhat (Ioffe & Szegedy 2015, below
+// The parameter gradients of an item: sum dz and sum dz * xhat (Ioffe & Szegedy 2015, below
 // Algorithm 1), dz being dy after the gate of the activation.
 #pragma once
 

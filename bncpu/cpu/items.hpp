@@ -1,6 +1,6 @@
 // What is done to an item: its sums, its results, or its sums beside the results of the tile
 // before. The only layer that knows both how a problem is cut (tiling.hpp) and what is done to a
-// piece (moments.hpp, gradients.hpp, results.hpp).
+// part of it (moments.hpp, gradients.hpp, results.hpp).
 #pragma once
 
 #include "gradients.hpp"

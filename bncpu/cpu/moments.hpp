@@ -1,4 +1,4 @@
-// The moments of a piece. Sums are formed in the precision of the arithmetic about a pivot and
+// The moments of an item. Sums are formed in the precision of the arithmetic about a pivot and
 // leave as double; parts of a channel are merged by Chan, Golub & LeVeque 1983. No threads here, no
 // memory is allocated.
 #pragma once
