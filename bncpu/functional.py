@@ -180,12 +180,24 @@ def batch_norm_train(
     array([[0.   , 8.   ],
            [1.894, 8.   ]])
     """
-    if residual is None and mask is None and out is None and num_threads is None:
-        small = kernels_for(x).small_train(
-            x, gamma, beta, running_mean, running_var, momentum, eps, axis, activation
-        )
-        if small is not None:
-            return TrainResult(*small)
+    threads = threads_for_call(num_threads)
+    plain = kernels_for(x).plain_train(
+        x,
+        gamma,
+        beta,
+        running_mean,
+        running_var,
+        momentum,
+        eps,
+        axis,
+        residual,
+        activation,
+        mask,
+        out,
+        threads,
+    )
+    if plain is not None:
+        return TrainResult(*plain)
 
     x = arguments.data("x", x)
     over = arguments.channels(x, axis)
@@ -198,7 +210,6 @@ def batch_norm_train(
     if residual is not None:
         residual = arguments.same_as_x("residual", residual, x)
     mask = arguments.filled_mask(mask, x, relu, given)
-    threads = threads_for_call(num_threads)
     m = arguments.batch_values(over, x)
     near = [("x", x), ("residual", residual), ("gamma", gamma), ("beta", beta), ("mask", mask)]
     y = arguments.output(out, x, near, may_be=("residual",))
@@ -295,12 +306,12 @@ def batch_norm_infer(
     array([[0., 0.],
            [1., 2.]])
     """
-    if residual is None and mask is None and out is None and num_threads is None:
-        small: NDArray[Any] | None = kernels_for(x).small_infer(
-            x, mean, var, gamma, beta, eps, axis, activation
-        )
-        if small is not None:
-            return small
+    threads = threads_for_call(num_threads)
+    plain: NDArray[Any] | None = kernels_for(x).plain_infer(
+        x, mean, var, gamma, beta, eps, axis, residual, activation, mask, out, threads
+    )
+    if plain is not None:
+        return plain
 
     x = arguments.data("x", x)
     over = arguments.channels(x, axis)
@@ -315,7 +326,6 @@ def batch_norm_infer(
     if residual is not None:
         residual = arguments.same_as_x("residual", residual, x)
     mask = arguments.filled_mask(mask, x, relu, given)
-    threads = threads_for_call(num_threads)
     near = [("x", x), ("residual", residual), ("mean", mean), ("var", var)]
     near += [("gamma", gamma), ("beta", beta), ("mask", mask)]
     y = arguments.output(out, x, near, may_be=("x", "residual"))
@@ -428,10 +438,12 @@ def batch_norm_backward(
            [0.],
            [3.]])
     """
-    if residual is False and mask is None and out is None and num_threads is None:
-        small = kernels_for(x).small_backward(dy, x, mean, invstd, gamma, beta, axis, activation)
-        if small is not None:
-            return Gradients(*small)
+    threads = threads_for_call(num_threads)
+    plain = kernels_for(x).plain_backward(
+        dy, x, mean, invstd, gamma, beta, axis, residual, activation, mask, out, threads
+    )
+    if plain is not None:
+        return Gradients(*plain)
 
     x = arguments.data("x", x)
     dy = arguments.same_as_x("dy", dy, x)
@@ -450,7 +462,7 @@ def batch_norm_backward(
     ]
     parameters = (mean, invstd, gamma, beta)
     kernel = kernels_for(x).backward
-    return _backward(kernel, over, read, parameters, activation, mask, residual, out, num_threads)
+    return _backward(kernel, over, read, parameters, activation, mask, residual, out, threads)
 
 
 def batch_norm_infer_backward(
@@ -514,6 +526,13 @@ def batch_norm_infer_backward(
     Gradients(dx=array([[0.5],
            [1. ]]), dgamma=array([2.]), dbeta=array([3.]), dresidual=None)
     """
+    threads = threads_for_call(num_threads)
+    plain = kernels_for(x).plain_infer_backward(
+        dy, x, mean, var, gamma, beta, eps, axis, residual, activation, mask, out, threads
+    )
+    if plain is not None:
+        return Gradients(*plain)
+
     x = arguments.data("x", x)
     dy = arguments.same_as_x("dy", dy, x)
     over = arguments.channels(x, axis)
@@ -525,7 +544,7 @@ def batch_norm_infer_backward(
     read = [("dy", dy), ("x", x), ("mean", mean), ("var", var), ("gamma", gamma), ("beta", beta)]
     parameters = (mean, var, gamma, beta, eps)
     kernel = kernels_for(x).infer_backward
-    return _backward(kernel, over, read, parameters, activation, mask, residual, out, num_threads)
+    return _backward(kernel, over, read, parameters, activation, mask, residual, out, threads)
 
 
 def batch_moments(
@@ -566,9 +585,13 @@ def batch_moments(
     >>> count, mean, m2
     (2, array([2., 5.]), array([2., 0.]))
     """
+    threads = threads_for_call(num_threads)
+    plain = kernels_for(x).plain_moments(x, axis, threads)
+    if plain is not None:
+        return Moments(*plain)
+
     x = arguments.data("x", x)
     over = arguments.channels(x, axis)
-    threads = threads_for_call(num_threads)
     mean, m2 = np.zeros(over.number), np.zeros(over.number)
     if x.size:
         walk = problem(over.axes, (x,))
@@ -596,13 +619,12 @@ def _backward(
     mask: Any,
     residual: Any,
     out: Any,
-    num_threads: int | None,
+    threads: int,
 ) -> Gradients:
     """Do the steps that the backward functions share; what is read, dy and x first, is checked."""
     dy, x = read[0][1], read[1][1]
     relu = arguments.is_relu(activation)
     mask = arguments.mask(mask, x, relu)
-    threads = threads_for_call(num_threads)
     read = [*read, ("mask", mask)]
     dx = arguments.output(out, x, read, may_be=("dy",))
     dresidual = arguments.residual_gradient(residual, x, dy, dx, relu, mask, read)

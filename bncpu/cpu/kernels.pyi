@@ -76,7 +76,12 @@ def infer_backward(
     dbeta: _Vector,
     num_threads: int,
 ) -> None: ...
-def small_train(
+def plain_moments(
+    x: object,
+    axis: object,
+    threads: int,
+) -> tuple[int, _Vector, _Vector] | None: ...
+def plain_train(
     x: object,
     gamma: object,
     beta: object,
@@ -85,9 +90,13 @@ def small_train(
     momentum: object,
     eps: object,
     axis: object,
+    residual: object,
     activation: object,
+    mask: object,
+    out: object,
+    threads: int,
 ) -> tuple[_Array, _Vector, _Vector] | None: ...
-def small_infer(
+def plain_infer(
     x: object,
     mean: object,
     var: object,
@@ -95,9 +104,13 @@ def small_infer(
     beta: object,
     eps: object,
     axis: object,
+    residual: object,
     activation: object,
+    mask: object,
+    out: object,
+    threads: int,
 ) -> _Array | None: ...
-def small_backward(
+def plain_backward(
     dy: object,
     x: object,
     mean: object,
@@ -105,8 +118,27 @@ def small_backward(
     gamma: object,
     beta: object,
     axis: object,
+    residual: object,
     activation: object,
-) -> tuple[_Array, _Array, _Array] | None: ...
+    mask: object,
+    out: object,
+    threads: int,
+) -> tuple[_Array, _Array, _Array, _Array | None] | None: ...
+def plain_infer_backward(
+    dy: object,
+    x: object,
+    mean: object,
+    var: object,
+    gamma: object,
+    beta: object,
+    eps: object,
+    axis: object,
+    residual: object,
+    activation: object,
+    mask: object,
+    out: object,
+    threads: int,
+) -> tuple[_Array, _Array, _Array, _Array | None] | None: ...
 def tile_plan(
     columns: bool,
     rows: int,

@@ -508,5 +508,5 @@ def level():
     return BNCPU_LEVEL.decode()
 
 
-include "small.pxi"
+include "plain.pxi"
 include "streams.pxi"
