@@ -88,11 +88,33 @@ inline U half_from_float(F value) {
 
 template <class F, class U>
 inline U bfloat16_from_float(F value) {
-    const U all = bits_of<U>(value), none = all ^ all;
+    const U all = bits_of<U>(value);
     const U rounded = (all + 0x7fffu + ((all >> 16) & 1u)) >> 16;
     const U quiet = (all >> 16) | 0x40u;
-    return (all & 0x7fffffffu) > (none + 0x7f800000u) ? quiet : rounded;
+    return value != value ? quiet : rounded;
 }
+
+// The bits of each value in a lane of 32, and back. Spelled out where GCC takes three shuffles for
+// one, as GCC 12 does.
+#if defined(__GNUC__)
+inline Bits spread_bits(PackedBits packed) {
+#if defined(BNCPU_AVX512)
+    return (Bits)_mm512_maskz_cvtepu16_epi32((__mmask16)0xffff, (__m256i)packed);
+#else
+    return __builtin_convertvector(packed, Bits);
+#endif
+}
+inline PackedBits pack_bits(Bits bits) {
+#if defined(BNCPU_AVX512)
+    return (PackedBits)_mm512_maskz_cvtepi32_epi16((__mmask16)0xffff, (__m512i)bits);
+#elif defined(BNCPU_AVX2)
+    const __m256i halves = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);
+    return (PackedBits)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08));
+#else
+    return __builtin_convertvector(bits, PackedBits);
+#endif
+}
+#endif
 
 inline Vec<float> widen(Half, PackedBits packed) {
 #if defined(BNCPU_AVX512)
@@ -103,7 +125,7 @@ inline Vec<float> widen(Half, PackedBits packed) {
 #elif defined(BNCPU_NEON)
     return {(Vec<float>::type)vcvt_f32_f16((float16x4_t)packed)};
 #elif defined(__GNUC__)
-    return {half_to_float<Vec<float>::type>(__builtin_convertvector(packed, Bits))};
+    return {half_to_float<Vec<float>::type>(spread_bits(packed))};
 #else
     Vec<float> r;
     for (int i = 0; i < Vec<float>::lanes; ++i) r.v[i] = half_to_float<float>((uint32_t)packed[i]);
@@ -113,7 +135,7 @@ inline Vec<float> widen(Half, PackedBits packed) {
 
 inline Vec<float> widen(BFloat16, PackedBits packed) {
 #if defined(__GNUC__)
-    return {bits_of<Vec<float>::type>(__builtin_convertvector(packed, Bits) << 16)};
+    return {bits_of<Vec<float>::type>(spread_bits(packed) << 16)};
 #else
     Vec<float> r;
     for (int i = 0; i < Vec<float>::lanes; ++i) r.v[i] = bits_of<float>((uint32_t)packed[i] << 16);
@@ -130,7 +152,7 @@ inline PackedBits narrow(Half, Vec<float> v) {
 #elif defined(BNCPU_NEON)
     return (PackedBits)vcvt_f16_f32((float32x4_t)v.v);
 #elif defined(__GNUC__)
-    return __builtin_convertvector(half_from_float<Vec<float>::type, Bits>(v.v), PackedBits);
+    return pack_bits(half_from_float<Vec<float>::type, Bits>(v.v));
 #else
     PackedBits r;
     for (int i = 0; i < Vec<float>::lanes; ++i)
@@ -141,7 +163,7 @@ inline PackedBits narrow(Half, Vec<float> v) {
 
 inline PackedBits narrow(BFloat16, Vec<float> v) {
 #if defined(__GNUC__)
-    return __builtin_convertvector(bfloat16_from_float<Vec<float>::type, Bits>(v.v), PackedBits);
+    return pack_bits(bfloat16_from_float<Vec<float>::type, Bits>(v.v));
 #else
     PackedBits r;
     for (int i = 0; i < Vec<float>::lanes; ++i)
@@ -211,6 +233,8 @@ inline void store(VecOf<S> v, S* p, int64_t n) {
         v.store(p, n);
     }
 }
+
+constexpr int64_t kLineBytes = 64;  // of a cache
 
 // Bytes that `stream` writes, and to which its address must be aligned.
 template <class S>
