@@ -140,11 +140,21 @@ inline bool settle(T pivot, Sums about_pivot, double n, Sums& out) {
     return !out_of_range(pivot, about_pivot.second, out.second, n);
 }
 
-// Whether a second pass about the mean, as the first had it, will do where the first does not: the
+// Whether a second pass about a pivot near the mean will do where the first does not: the
 // first values of images often are some std off the mean. Farther off they are outliers, which
 // leave no digits in float32 for the others.
 inline bool worth_another(Sums about_pivot, Sums moments) {
     return about_pivot.second <= 16 * moments.second;
+}
+
+// A pivot for the second pass: near the mean, and of so few digits that what integers, as images
+// have, differ from it by is exact, and so are its squares. Their roundings would have one sign.
+template <class T>
+inline T pivot_near_mean(Sums moments, double n) {
+    const double std = std::sqrt(moments.second / n);
+    if (!(std > 0) || !std::isfinite(std)) return (T)moments.first;
+    const double step = std::ldexp(1.0, std::ilogb(std) - 2);
+    return (T)(std::nearbyint(moments.first / step) * step);
 }
 
 // The moments of one channel of an item of which sums about a pivot are known, but will not do.
@@ -155,7 +165,7 @@ BNCPU_HOT Sums moments_again(const Job<S>& job, Item item, int64_t c, Sums about
     if (worth_another(about_pivot, moments)) {
         item.c0 = c;
         item.c1 = c + 1;
-        const T pivot = (T)moments.first;
+        const T pivot = pivot_near_mean<T>(moments, n);
         Totals totals;
         sum_rows(job, item, &pivot, &totals, NothingBeside{});
         if (settle(pivot, totals.sum(), n, moments)) return moments;
@@ -270,7 +280,7 @@ BNCPU_HOT bool settle_columns(const Job<S>& job, const Item& item,
         if (settle(pivot, sums, n, out[c])) continue;
         if (!last && worth_another(sums, out[c])) {
             again = true;
-            spread(scratch.pivot(), shape, c, (Arithmetic<S>)out[c].first);
+            spread(scratch.pivot(), shape, c, pivot_near_mean<Arithmetic<S>>(out[c], n));
         } else {
             out[c] = careful_moments(job, item.begin, item.end, item.c0 + c);
         }
