@@ -16,9 +16,14 @@ class BitWriter {
     BNCPU_INLINE BitWriter(uint8_t* mask, int64_t begin)
         : next(mask + begin / 8), first(begin % 8), used(first) {}
 
-    // The next n bits (at most 16), which are the lowest of `bits`; those above are ignored.
-    BNCPU_INLINE void put(uint32_t bits, int n) {
-        word |= (uint64_t)(bits & ((1u << n) - 1)) << used;
+    // The next n bits (at most 32, or 64), which are the lowest of `bits`; those above are ignored.
+    BNCPU_INLINE void put(uint64_t bits, int n) {
+        if (n == 64) {
+            put(bits, 32);
+            bits >>= 32;
+            n = 32;
+        }
+        word |= (bits & ((1ull << n) - 1)) << used;
         used += n;
         if (used >= 32) flush(4);
     }
@@ -71,15 +76,54 @@ class BitWriter {
     }
 };
 
-// Bits [begin, begin + n) of the mask, n at most 16. Touches no byte beyond them.
-BNCPU_INLINE uint32_t read_bits(const uint8_t* mask, int64_t begin, int n) {
+// The first sizeof(Word) bytes, the lowest first.
+template <class Word>
+BNCPU_INLINE uint64_t read_word(const uint8_t* p) {
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    uint64_t word = 0;
+    for (size_t i = 0; i < sizeof(Word); ++i) word |= (uint64_t)p[i] << 8 * i;
+    return word;
+#else
+    Word word;
+    std::memcpy(&word, p, sizeof word);
+    return word;
+#endif
+}
+
+// Bits [begin, begin + n) of the mask, n at most 16, or 32 or 64; what is above them is undefined.
+// Touches no byte beyond them.
+BNCPU_INLINE uint64_t read_bits(const uint8_t* mask, int64_t begin, int n) {
     const uint8_t* p = mask + begin / 8;
     const int shift = (int)(begin % 8);
-    uint32_t word = p[0];
-    if (shift + n > 8) word |= (uint32_t)p[1] << 8;
-    if (shift + n > 16) word |= (uint32_t)p[2] << 16;
+    if (n >= 32) {
+        const uint64_t word = n == 64 ? read_word<uint64_t>(p) : read_word<uint32_t>(p);
+        return shift == 0 ? word : word >> shift | (uint64_t)p[n / 8] << (n - shift);
+    }
+    uint64_t word = p[0];
+    if (shift + n > 8) word |= (uint64_t)p[1] << 8;
+    if (shift + n > 16) word |= (uint64_t)p[2] << 16;
     return word >> shift;
 }
+
+// The bits of the next vectors of a row, gathered for a BitWriter, or read at once.
+struct GatheredBits {
+    uint64_t bits = 0;
+    int count = 0;
+
+    BNCPU_INLINE void put(uint32_t next, int n) {
+        bits |= (uint64_t)next << count;
+        count += n;
+    }
+};
+struct BitsAhead {
+    uint64_t bits;
+
+    BNCPU_INLINE uint32_t take(int n) {
+        const uint32_t next = (uint32_t)bits;
+        bits >>= n;
+        return next;
+    }
+};
 
 }  // namespace
 }  // namespace bncpu

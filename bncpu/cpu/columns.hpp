@@ -13,12 +13,13 @@ class Scratch {
    public:
     Scratch(void* memory, const Shape& shape, const Plan& plan)
         : width(width_of(shape, plan)),
-          totals((double*)(((uintptr_t)memory + kLine - 1) / kLine * kLine)),
+          totals((double*)(((uintptr_t)memory + kLineBytes - 1) / kLineBytes * kLineBytes)),
           values((T*)(totals + 2 * width)) {}
 
     static int64_t bytes(const Shape& shape, const Plan& plan) {
         if (!shape.columns) return 0;
-        return kLine + width_of(shape, plan) * (int64_t)(2 * sizeof(double) + kPlanes * sizeof(T));
+        return kLineBytes +
+               width_of(shape, plan) * (int64_t)(2 * sizeof(double) + kPlanes * sizeof(T));
     }
 
     // Two sums down each column, of some rows and of all before them.
@@ -34,7 +35,6 @@ class Scratch {
 
    private:
     static constexpr int kPlanes = 3 + 2 * kFields;
-    static constexpr int64_t kLine = 64;
     int64_t width;
     double* totals;
     T* values;

@@ -24,7 +24,8 @@ BNCPU_HOT Sums careful_gradients(const Job<S>& job, int64_t begin, int64_t end, 
             const int64_t bit = job.bit(row, c) + piece.start;
             by_vectors<S>(piece.length, [&](int64_t i, int n, auto load_at) {
                 const Vec<T> v = load_at(x, zero);
-                const Vec<T> dz = gated<gate>(job, k, bit + i, n, load_at(dy, zero), v);
+                auto bits = gate_bits<gate>(job, bit + i, n);
+                const Vec<T> dz = gated<gate, S>(bits, n, k, load_at(dy, zero), v);
                 for (int j = 0; j < n; ++j) {
                     total.first += dz.v[j];
                     total.second += dz.v[j] * ((v.v[j] - mean) * invstd);
@@ -78,7 +79,8 @@ BNCPU_HOT void row_gradients(const Job<S>& job, const Item& item, Sums* out, con
                     [&](int64_t j, int n, auto& to, Vec<T> g, Vec<T> v) {
                         prefetch_l2(ahead + j);
                         prefetch_l2(ahead_dy + j);
-                        const Vec<T> dz = gated<gate>(job, k, bit + j, n, g, v);
+                        auto bits = gate_bits<gate>(job, bit + j, n);
+                        const Vec<T> dz = gated<gate, S>(bits, n, k, g, v);
                         to.first = to.first + dz;
                         to.second = fma(dz, Xhat::value(k, v), to.second);
                     },
@@ -138,8 +140,8 @@ BNCPU_HOT void column_gradients(const Job<S>& job, const Item& item,
                         prefetch_l2(ahead[r] + column + i);
                         prefetch_l2(ahead_dy[r] + column + i);
                         const Vec<T> v = load_at(x[r], zero);
-                        const Vec<T> dz =
-                            gated<gate>(job, here, bit[r] + i, n, load_at(dy[r], zero), v);
+                        auto bits = gate_bits<gate>(job, bit[r] + i, n);
+                        const Vec<T> dz = gated<gate, S>(bits, n, here, load_at(dy[r], zero), v);
                         sum = sum + dz;
                         products = fma(dz, Xhat::value(here, v), products);
                     }

@@ -167,9 +167,8 @@ const S* at_spot(const View<S>& view, Spot spot) {
 // cache would hold up all results behind it.
 template <class S>
 void prefetch_mask(const Job<S>& job, Spot spot, int64_t n) {
-    constexpr int64_t kLine = 64;
     const uint8_t* p = job.mask + (job.bit(spot.k, spot.c) + spot.i) / 8;
-    for (int64_t i = 0; i < n / 8 + kLine; i += kLine) prefetch(p + i);
+    for (int64_t i = 0; i < n / 8 + kLineBytes; i += kLineBytes) prefetch(p + i);
 }
 
 // Where the coefficients of the loops stand.
@@ -244,16 +243,25 @@ enum Gate { kOpen, kSign, kBits };
 // The fields of a channel that a gate reads.
 constexpr unsigned gate_fields(Gate gate) { return gate == kSign ? Normalise::fields : 0; }
 
-// dz, the gradient before the activation, of n values from bit `bit` of the mask on: dy where the
-// stored y is not zero, else 0. The sign is computed as the forward computed it.
-template <Gate gate, class S, class K, class T>
-BNCPU_INLINE Vec<T> gated(const Job<S>& job, const K& k, int64_t bit, int n, Vec<T> dy, Vec<T> x) {
+// The bits of n values from bit `bit` of the mask on, where the gate reads them.
+template <Gate gate, class S>
+BNCPU_INLINE auto gate_bits(const Job<S>& job, int64_t bit, int n) {
+    if constexpr (gate == kBits)
+        return BitsAhead{read_bits(job.mask, bit, n)};
+    else
+        return Nothing{};
+}
+
+// dz, the gradient before the activation, of the next n values: dy where the stored y is not zero,
+// else 0. The sign is computed as the forward computed it.
+template <Gate gate, class S, class Bits, class K, class T>
+BNCPU_INLINE Vec<T> gated(Bits& bits, int n, const K& k, Vec<T> dy, Vec<T> x) {
     if constexpr (gate == kOpen)
         return dy;
     else if constexpr (gate == kSign)
         return where_above(Normalise::value(k, x), Vec<T>::all(kStoredAsZero<S>), dy);
     else
-        return where_set(read_bits(job.mask, bit, n), dy);
+        return where_set(bits.take(n), dy);
 }
 
 }  // namespace

@@ -35,7 +35,8 @@ struct ForwardRow {
     S* out;
     const S *x, *residual, *residual_next;
     Vec<T> floor;
-    std::conditional_t<with_mask, BitWriter, Nothing> state;  // the bits that are not written yet
+    std::conditional_t<with_mask, BitWriter, Nothing> writer;
+    using Bits = std::conditional_t<with_mask, GatheredBits, Nothing>;
 
     BNCPU_INLINE ForwardRow(const Job<S>& job, const Place<S>& at, const K& k)
         : k(k),
@@ -44,26 +45,30 @@ struct ForwardRow {
           residual(with_residual ? job.residual.at(at.k, at.c) + at.begin : nullptr),
           residual_next(at.residual_next != nullptr ? at.residual_next : residual),
           floor(Vec<T>::all(job.relu ? (T)0 : -std::numeric_limits<T>::infinity())),
-          state(job.mask, job.bit(at.k, at.c) + at.begin) {
+          writer(job.mask, job.bit(at.k, at.c) + at.begin) {
         if (job.plan.stream) prefetch_ends(out, at);
     }
 
     BNCPU_INLINE decltype(auto) coefficients_at(int64_t i) { return k.here(i); }
     BNCPU_INLINE bool same_until(int64_t i) const { return k.same_until(i); }
     BNCPU_INLINE decltype(auto) same_coefficients() const { return k.same(); }
-    template <class State, class Here, class Load>
-    BNCPU_INLINE Vec<T> value(State& to, const Here& here, int64_t i, int n, Load load_at) const {
+    BNCPU_INLINE Bits bits_of(int64_t, int) const { return {}; }
+    BNCPU_INLINE void keep(const Bits& bits) {
+        if constexpr (with_mask) writer.put(bits.bits, bits.count);
+    }
+    template <class Here, class Load>
+    BNCPU_INLINE Vec<T> value(Bits& bits, const Here& here, int64_t i, int n, Load load_at) const {
         const Vec<T> none = Vec<T>::all(0);
         Vec<T> z = Normalise::value(here, load_at(x, none));
         if constexpr (with_residual) {
             prefetch_l2(residual_next + i);
             z = z + load_at(residual, none);
         }
-        if constexpr (with_mask) to.put(bits_above(z, Vec<T>::all(kStoredAsZero<S>)), n);
+        if constexpr (with_mask) bits.put(bits_above(z, Vec<T>::all(kStoredAsZero<S>)), n);
         return at_least(floor, z);
     }
     BNCPU_INLINE void finish() {
-        if constexpr (with_mask) state.finish();
+        if constexpr (with_mask) writer.finish();
     }
 };
 
@@ -79,7 +84,7 @@ struct BackwardRow {
     const S *x, *dy;
     int64_t bit;
     bool stream_both = false;
-    Nothing state = {};
+    using Bits = std::conditional_t<gate == kBits, BitsAhead, Nothing>;
 
     BNCPU_INLINE BackwardRow(const Job<S>& job, const Place<S>& at, const K& k)
         : job(job),
@@ -99,13 +104,15 @@ struct BackwardRow {
     BNCPU_INLINE decltype(auto) coefficients_at(int64_t i) { return k.here(i); }
     BNCPU_INLINE bool same_until(int64_t i) const { return k.same_until(i); }
     BNCPU_INLINE decltype(auto) same_coefficients() const { return k.same(); }
+    BNCPU_INLINE Bits bits_of(int64_t i, int n) const { return gate_bits<gate>(job, bit + i, n); }
+    BNCPU_INLINE void keep(const Bits&) const {}
     template <class Here, class Load>
-    BNCPU_INLINE Vec<T> value(Nothing, const Here& here, int64_t i, int n, Load load_at) const {
+    BNCPU_INLINE Vec<T> value(Bits& bits, const Here& here, int64_t i, int n, Load load_at) const {
         const Vec<T> none = Vec<T>::all(0);
         const Vec<T> g = load_at(dy, none);
         Vec<T> v = none;
         if constexpr (reads_x) v = load_at(x, none);
-        const Vec<T> dz = gated<gate>(job, here, bit + i, n, g, v);
+        const Vec<T> dz = gated<gate, S>(bits, n, here, g, v);
         if constexpr (gate == kBits)
             if (dresidual != nullptr) {
                 if (n < Vec<T>::lanes)

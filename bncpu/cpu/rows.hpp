@@ -57,7 +57,7 @@ struct Totals {
     Sums sum() const { return {first.sum(), second.sum()}; }
 };
 
-// Nothing: as work that a fold does vector by vector beside its own, or as the state of a row.
+// Nothing: as work that a fold does vector by vector beside its own, or as a row's bits.
 struct Nothing {
     template <class... Ignored>
     Nothing(const Ignored&...) {}
@@ -113,15 +113,15 @@ BNCPU_INLINE void by_vectors(int64_t n, F f) {
           [i, n](const auto* p, auto beyond) { return load(p + i, n - i, beyond); });
 }
 
-// Rows of results, out[i] = value(here, i, lanes, load_at), the same vector of each in turn: to be
-// written at once (rest) or, vector by vector, beside other work (step). When streamed, results go
-// past the caches: the head of a row up to the first aligned vector, and its tail, are ordinary
-// stores, and all rows are aligned alike.
+// Rows of results, out[i] = value(here, i, lanes, load_at), some vectors of each in turn: to be
+// written at once (rest) or, as much at a time as the sums of a vector or of four take in, beside
+// other work (step, block). When streamed, results go past the caches: the head of a row up to the
+// first aligned vector, and its tail, are ordinary stores, and all rows are aligned alike.
 //
-// A Target is one row: `out`, coefficients_at(i), which are asked for once for all rows, from left
-// to right, same_until(i), whether they are the same_coefficients() up to there, a `state` that
-// goes from vector to vector, value(state, here, i, lanes, load_at), load_at as by_vectors has it,
-// and finish().
+// A Target is one row: `out`, coefficients_at(i), which are asked for from left to right, once for
+// all rows if vector by vector, same_until(i), whether they are the same_coefficients() up to
+// there, bits_of(i, n), what the n values from i on have in the mask, value(bits, here, i, lanes,
+// load_at), load_at as by_vectors has it, keep(bits) after these n, and finish().
 template <bool streamed, int R, class S, class Target>
 class RowsMap {
    public:
@@ -129,69 +129,100 @@ class RowsMap {
     BNCPU_INLINE RowsMap(const Maker& make, int64_t n)
         : RowsMap(make, n, std::make_integer_sequence<int, R>()) {}
 
-    // The next vector, or the next four, if there are as many left.
+    // As many vectors as the calls until now have left behind, if there are as many left.
     BNCPU_INLINE void step() {
-        if (i + L <= n) vectors(target[0].coefficients_at(i), i), i += L;
+        if (kAtOnce > 1 && ++waiting < kAtOnce) return;
+        waiting = 0;
+        if (i + kAtOnce * L <= n) next();
     }
     BNCPU_INLINE void block() {
         if (i + 4 * L > n) return;
         if (R == 1 && target[0].same_until(i + 4 * L)) {
             const auto& here = target[0].same_coefficients();
-            auto state = target[0].state;  // registers: nobody else can see it change
-            for (int j = 0; j < 4; ++j) vector(target[0], state, here, i + j * L);
-            target[0].state = state;
+            auto bits = target[0].bits_of(i, 4 * L);
+            for (int j = 0; j < 4; ++j) vector(target[0], bits, here, i + j * L);
+            target[0].keep(bits);
+            i += 4 * L;
         } else {
-            for (int j = 0; j < 4; ++j) vectors(target[0].coefficients_at(i + j * L), i + j * L);
+            for (int j = 0; j < 4; ++j) single();
         }
-        i += 4 * L;
     }
 
     // All that is left; to be called once.
     BNCPU_INLINE void rest() {
-        while (i + 4 * L <= n) block();
-        while (i + L <= n) step();
+        if (R == 1)
+            while (i + 4 * L <= n) block();
+        while (i + kAtOnce * L <= n) next();
+        while (i + L <= n) single();
         if (i < n) part(n - i);
         for (Target& row : target) row.finish();
     }
 
    private:
     static constexpr int L = VecOf<S>::lanes;
+    // What goes past the caches is gathered line by line; rows that take turns within a line would
+    // leave in pieces, each as dear as a line.
+    static constexpr int kAtOnce =
+        streamed && R > 1 ? std::clamp<int>(kLineBytes / kStreamBytes<S>, 1, 4) : 1;
     std::array<Target, R> target;
     int64_t n, i = 0;
+    int waiting = 0;  // vectors of other work that have passed without results
 
     template <class Maker, int... r>
     BNCPU_INLINE RowsMap(const Maker& make, int64_t n, std::integer_sequence<int, r...>)
         : target{make(r)...}, n(n) {
         if (!streamed) return;
-        const int64_t head = (int64_t)(-(uintptr_t)target[0].out % kStreamBytes<S> / sizeof(S));
-        if (head > 0) part(std::min(head, n));
+        const auto before = [&](int64_t bytes) {
+            return (int64_t)(-(uintptr_t)target[0].out % bytes / sizeof(S));
+        };
+        if (const int64_t head = before(kStreamBytes<S>)) part(std::min(head, n));
+        if (kAtOnce > 1)
+            for (const int64_t line = before(kLineBytes); i < line && i + L <= n;) single();
     }
 
-    template <class State, class Here>
-    BNCPU_INLINE void vector(const Target& row, State& state, const Here& here, int64_t at) {
+    template <class Bits, class Here>
+    BNCPU_INLINE void vector(const Target& row, Bits& bits, const Here& here, int64_t at) {
         const auto y =
-            row.value(state, here, at, L, [at](const auto* p, auto) { return load(p + at); });
+            row.value(bits, here, at, L, [at](const auto* p, auto) { return load(p + at); });
         if (streamed)
             stream(y, row.out + at);
         else
             store(y, row.out + at);
     }
-    template <class Here>
-    BNCPU_INLINE void vectors(const Here& here, int64_t at) {
-        for (Target& row : target) vector(row, row.state, here, at);
+    // The next vector of all rows.
+    BNCPU_INLINE void single() {
+        const auto& here = target[0].coefficients_at(i);
+        for (Target& row : target) {
+            auto bits = row.bits_of(i, L);
+            vector(row, bits, here, i);
+            row.keep(bits);
+        }
+        i += L;
     }
+    // The next kAtOnce vectors of one row after the other.
+    BNCPU_INLINE void next() {
+        if (kAtOnce == 1) return single();
+        for (Target& row : target) next_of(row, std::make_integer_sequence<int, kAtOnce>());
+        i += kAtOnce * L;
+    }
+    template <int... j>
+    BNCPU_INLINE void next_of(Target& row, std::integer_sequence<int, j...>) {
+        auto bits = row.bits_of(i, kAtOnce * L);
+        (vector(row, bits, row.coefficients_at(i + j * L), i + j * L), ...);
+        row.keep(bits);
+    }
+    // Values that are no vector: before the first aligned one, or the last.
     BNCPU_INLINE void part(int64_t count) {
-        if (count == L) {
-            vectors(target[0].coefficients_at(i), i);
-        } else {
-            const int64_t at = i;
-            const auto& here = target[0].coefficients_at(at);
-            for (Target& row : target)
-                store(row.value(row.state, here, at, (int)count,
-                                [at, count](const auto* p, auto beyond) {
-                                    return load(p + at, count, beyond);
-                                }),
-                      row.out + at, count);
+        const int64_t at = i;
+        const auto& here = target[0].coefficients_at(at);
+        for (Target& row : target) {
+            auto bits = row.bits_of(at, (int)count);
+            store(row.value(bits, here, at, (int)count,
+                            [at, count](const auto* p, auto beyond) {
+                                return load(p + at, count, beyond);
+                            }),
+                  row.out + at, count);
+            row.keep(bits);
         }
         i += count;
     }

@@ -17,7 +17,8 @@ struct Stream {
     Nothing coefficients_at(int64_t) const { return {}; }
     bool same_until(int64_t) const { return true; }
     Nothing same_coefficients() const { return {}; }
-    Nothing state = {};
+    Nothing bits_of(int64_t, int) const { return {}; }
+    void keep(Nothing) {}
     template <class Load>
     Vec<T> value(Nothing, Nothing, int64_t, int, Load load_at) const {
         const Vec<T> none = Vec<T>::all(0);
