@@ -4,6 +4,8 @@ A plain call names its axis by an int, so a tuple leads the same arrays through 
 kernels of every other call.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 from accuracy import assert_same_bits
@@ -66,7 +68,7 @@ def test_same_bits(rng, calls, shape, axis, form, dtype):
     train = p.x.size > p.x.shape[axis]
     for gamma, beta in [(p.gamma, p.beta), (None, None), (p.gamma, None), (None, p.beta)]:
         p = p._replace(gamma=gamma, beta=beta)
-        for options in ({}, {"out": lambda: np.empty_like(p.x)}, {"num_threads": 2}):
+        for options in ({}, {"out": partial(np.empty_like, p.x)}, {"num_threads": 2}):
             calls.clear()
             plain = run(form, p, train=train, **options)
             assert all(calls) or (form.residual and not form.relu)  # dresidual is dy, or its copy
@@ -101,9 +103,7 @@ def test_running_statistics(rng, dtype, calls, running, momentum):
     statistics = []
     for axis in (1, (1,)):
         mean, var = np.linspace(-1, 1, 5).astype(running), np.linspace(1, 2, 5).astype(running)
-        bncpu.batch_norm_train(
-            x, running_mean=mean, running_var=var, momentum=momentum, axis=axis
-        )
+        bncpu.batch_norm_train(x, running_mean=mean, running_var=var, momentum=momentum, axis=axis)
         statistics.append((mean, var))
     for a, b in zip(*statistics, strict=True):
         assert_same_bits(a, b)

@@ -1,8 +1,8 @@
-# Plain calls, whole in compiled code: C-contiguous NumPy arrays with the channels on axis 1 or last,
-# parameters of the right shape and dtype. Most calls are, and the checks in Python would cost them
-# microseconds, tens of them where large arrays have just driven Python's own code and objects out
-# of the caches. Everything else, and every error, is left to bncpu.functional: these functions then
-# return None and have written nothing.
+# Plain calls, whole in compiled code: C-contiguous NumPy arrays with the channels on axis 1 or
+# last, parameters of the right shape and dtype. Most calls are, and the checks in Python would cost
+# them microseconds, tens of them where large arrays have just driven Python's own code and objects
+# out of the caches. Everything else, and every error, is left to bncpu.functional: these functions
+# then return None and have written nothing.
 
 from cpython.long cimport PyLong_AsLongAndOverflow
 from libc.math cimport INFINITY
