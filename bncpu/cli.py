@@ -1,9 +1,10 @@
-"""The command bncpu: info, bench, train, reproduce.
+"""The command bncpu: info, bench, train, moments, reproduce.
 
 Nothing is computed here: a command reads its arguments, calls the package, prints the result. An
 error is one line on stderr and exit status 2, an interrupt 130, a reader that has gone away 141 and
 no line; files are written whole or not at all, and whatever can be refused is refused before the
-work begins.
+work begins. Under mpiexec, with --distributed, rank 0 alone prints and writes, and whoever fails
+ends all.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import json
 import math
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -20,8 +23,8 @@ import numpy as np
 
 import bncpu
 from bncpu import bench as measuring
-from bncpu import data, nn
-from bncpu.atomic import check_writable
+from bncpu import data, distributed, nn, population
+from bncpu.atomic import atomic_write, check_writable
 from bncpu.bench import options
 from bncpu.experiments import EXPERIMENTS
 from bncpu.experiments.results import (
@@ -41,6 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "hidden": [100, 100, 100],
     "activation": "sigmoid",
     "batch_norm": True,
+    "dtype": "float32",
     "seed": 0,
 }
 DEFAULT_EPOCHS = 20
@@ -51,8 +55,10 @@ ACTIVATIONS: dict[str, tuple[Callable[[], nn.Layer], float]] = {
     "tanh": (nn.Tanh, 1.0),
     "relu": (nn.ReLU, math.sqrt(2)),
 }
-CHOICES = {"dataset": data.NAMES, "activation": tuple(ACTIVATIONS)}
+CHOICES = {"dataset": data.NAMES, "activation": tuple(ACTIVATIONS), "dtype": ("float32", "float64")}
 TABLE_ROWS = 20
+# For which a rank that has failed waits for rank 0 to tell of it, if it is the same to all.
+RANK_0_SECONDS = 0.5
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,8 +70,66 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status, as the head of this file lists them."""
+    """Run the command and return its exit status, as the head of this file lists them.
+
+    On one of several ranks an error does not return: it ends them all.
+    """
+    ranks = Ranks()
+    try:
+        return run(argv, ranks)
+    except BaseException:
+        # A bug, of which the interpreter tells; but at its end it would wait for the other ranks.
+        if ranks.size > 1:
+            ranks.end_all_after(traceback.print_exc, 1)
+        raise
+
+
+class Ranks:
+    """The ranks among which a command runs: one, until it asks for those of mpiexec."""
+
+    def __init__(self) -> None:
+        self.comm: Any = None
+        self.rank, self.size = 0, 1
+
+    def meet(self) -> None:
+        """Find the others."""
+        self.comm = distributed.mpi("--distributed").COMM_WORLD
+        self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """Return on every rank what `make` returns on the first."""
+        made = make() if self.rank == 0 else None
+        return self.comm.bcast(made) if self.comm else made
+
+    def say(self, text: str) -> None:
+        """Print a line, on the first rank."""
+        if self.rank == 0:
+            print(text, flush=self.size > 1)
+
+    def end_all_after(self, tell: Callable[[], None], status: int) -> None:
+        """Tell of an error; if there are others, end them and this one.
+
+        Others that wait for this rank would do so for ever. An error that all have is told by the
+        first, which ends the rest while they wait.
+        """
+        if self.rank:
+            time.sleep(RANK_0_SECONDS)
+        tell()
+        if self.size > 1:
+            sys.stderr.flush()
+            self.comm.Abort(status)
+
+
+def run(argv: Sequence[str] | None, ranks: Ranks) -> int:
+    """Run the command; errors of the user's and of the world's become a line and a status."""
     command = "bncpu"
+
+    def complain(text: str, status: int) -> int:
+        where = f"rank {ranks.rank}: " if ranks.rank else ""
+        line = f"{command}: {where}{' '.join(text.split())}"
+        ranks.end_all_after(lambda: print(line, file=sys.stderr), status)
+        return status
+
     try:
         try:
             args, unknown = parser().parse_known_args(argv)
@@ -73,30 +137,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Told here and not by parse_args, the line begins with the command's name.
             if unknown:
                 raise ValueError(f"unrecognized arguments: {' '.join(unknown)}")
-            args.run(args)
+            if getattr(args, "distributed", False):
+                ranks.meet()
+            args.run(args, ranks)
         finally:
             print(end="", flush=True)  # now, while an error of stdout can still be told
         return 0
     except KeyboardInterrupt:
-        return complain(command, "interrupted", 130)
+        return complain("interrupted", 130)
     except BrokenPipeError:
         give_up_stdout()
+        ranks.end_all_after(lambda: None, 141)
         return 141  # as if by SIGPIPE, what a shell expects of `bncpu ... | head`
     except OSError as error:
         give_up_stdout()
         # str(error) may begin with a number in brackets.
         text = error.strerror or str(error)
-        return complain(command, f"{error.filename}: {text}" if error.filename else text, 2)
+        return complain(f"{error.filename}: {text}" if error.filename else text, 2)
     except MemoryError as error:
-        return complain(command, f"not enough memory; {error or 'take a smaller model'}", 2)
+        return complain(f"not enough memory; {error or 'take a smaller model'}", 2)
     except (ValueError, ImportError, OverflowError, FloatingPointError) as error:
-        return complain(command, str(error), 2)
-
-
-def complain(command: str, text: str, status: int) -> int:
-    """Print one line on stderr and return the exit status."""
-    print(f"{command}: {' '.join(text.split())}", file=sys.stderr)
-    return status
+        return complain(str(error), 2)
 
 
 def give_up_stdout() -> None:
@@ -120,7 +181,9 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"bncpu {version('bncpu')}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable[[Any], None], summary: str, examples: str) -> Parser:
+    def command(
+        name: str, run: Callable[[Any, Ranks], None], summary: str, examples: str
+    ) -> Parser:
         sub: Parser = commands.add_parser(
             name,
             help=summary,
@@ -145,9 +208,37 @@ def parser() -> Parser:
         "  bncpu train --no-batch-norm --learning-rate 0.5 --steps 2000 --out without\n"
         "  bncpu train --dataset mnist --data-dir ~/mnist --hidden 300 100 --activation relu\n"
         "  bncpu train --epochs 5 --save run.safetensors\n"
-        "  bncpu train --load run.safetensors --epochs 5   (goes on, bit for bit)",
+        "  bncpu train --load run.safetensors --epochs 5   (goes on, bit for bit)\n"
+        "  mpiexec -n 4 bncpu train --distributed --epochs 5 --save run.safetensors\n"
+        "  mpiexec -n 2 bncpu train --distributed --epochs 9 --save run.safetensors --resume",
     )
     train_arguments(sub)
+
+    sub = command(
+        "moments",
+        moments,
+        "compute each channel's mean and variance over .npy files, larger than memory if need be",
+        "  bncpu moments images.npy\n"
+        "  bncpu moments part0.npy part1.npy --axis -1 --out population.npz\n"
+        "  mpiexec -n 4 bncpu moments --distributed part*.npy",
+    )
+    sub.add_argument("files", nargs="+", metavar="FILE", help="arrays with the same channels")
+    sub.add_argument("--axis", type=axes, default=1, metavar="N,...", help="channels (default: 1)")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        default=Path("moments.npz"),
+        metavar="FILE",
+        help="gets count, mean, var and m2 (default: moments.npz)",
+    )
+    sub.add_argument(
+        "--distributed",
+        action="store_true",
+        help="under mpiexec: the ranks share the files, or if they are given different ones, each "
+        "reads its own",
+    )
+    sub.add_argument("--threads", type=positive, metavar="N", help="default: as bncpu info says")
+    sub.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
     sub = command(
         "reproduce",
@@ -186,9 +277,10 @@ def train_arguments(sub: Parser) -> None:
         action=argparse.BooleanOptionalAction,
         default=None,
     )
-    setting("batch_size", "examples in a step", metavar="N")
+    setting("batch_size", "examples in a step, of all ranks together", metavar="N")
     setting("learning_rate", "of plain gradient descent", metavar="X")
     setting("momentum", "0 to less than 1", metavar="X")
+    setting("dtype", "of data, weights and arithmetic")
     setting("seed", "of the initial weights and the order", metavar="N")
 
     how = sub.add_argument_group("how long, from where, to where")
@@ -206,8 +298,22 @@ def train_arguments(sub: Parser) -> None:
     how.add_argument(
         "--out", type=Path, metavar="FOLDER", help="write results.json and figure.png there"
     )
-    how.add_argument("--save", type=Path, metavar="FILE", help="write the model as safetensors")
-    how.add_argument("--load", type=Path, metavar="FILE", help="go on from a file of --save")
+    how.add_argument(
+        "--save", type=Path, metavar="FILE", help="write the model as safetensors, every epoch"
+    )
+    start = how.add_mutually_exclusive_group()
+    start.add_argument("--load", type=Path, metavar="FILE", help="go on from a file of --save")
+    start.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the file of --save, which a run left that has ended too soon, until there "
+        "are as many steps or epochs in all; the number of ranks may be another",
+    )
+    how.add_argument(
+        "--distributed",
+        action="store_true",
+        help="under mpiexec: every rank takes a shard of the data; rank 0 prints and writes",
+    )
     how.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
 
@@ -242,15 +348,22 @@ def fraction(text: str) -> Any:
     return number(text, float, lambda x: 0 <= x < 1, "a number >= 0 and < 1")
 
 
+def axes(text: str) -> Any:
+    """Read the number of an axis, or several between commas."""
+    what = "an axis, or several as 1,2,3"
+    numbers = tuple(number(part, int, lambda _: True, what) for part in text.split(","))
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 NUMBERS = {"batch_size": positive, "learning_rate": rate, "momentum": fraction, "seed": natural}
 
 
-def info(_: argparse.Namespace) -> None:
+def info(_: argparse.Namespace, __: Ranks) -> None:
     """Print the configuration."""
     bncpu.show_config()
 
 
-def bench(args: argparse.Namespace) -> None:
+def bench(args: argparse.Namespace, _: Ranks) -> None:
     """Run the benchmark."""
     for path in (args.json, args.plot):
         if path:
@@ -270,21 +383,63 @@ def bench(args: argparse.Namespace) -> None:
     )
 
 
-def reproduce(args: argparse.Namespace) -> None:
+def reproduce(args: argparse.Namespace, _: Ranks) -> None:
     """Run an experiment of the paper."""
     out = args.out or Path(f"bncpu-{args.name}")
     EXPERIMENTS[args.name](out, quick=args.quick, seed=args.seed, progress=not args.no_progress)
 
 
-def train(args: argparse.Namespace) -> None:
+def moments(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Compute population statistics of files, print them, and write them."""
+    files = population.open_files(args.files, args.axis)
+    shape = files[0].channels.shape
+    part, parts = 0, 1
+    if ranks.comm:
+        lists, shapes = zip(*ranks.comm.allgather((args.files, shape)), strict=True)
+        if len(set(shapes)) > 1:
+            raise ValueError(f"FILE: expected the same channels on every rank; got {shapes}")
+        if all(each == lists[0] for each in lists):
+            part, parts = ranks.rank, ranks.size
+    if ranks.rank == 0:
+        check_writable(args.out)
+    total = population.file_moments(
+        files,
+        part=part,
+        parts=parts,
+        num_threads=args.threads,
+        progress=not args.no_progress and ranks.rank == 0,
+    )
+    if ranks.comm:
+        total = distributed.merge_moments(total, comm=ranks.comm)
+    if total.count == 0:
+        raise ValueError("FILE: expected at least one value per channel; got none")
+    if ranks.rank == 0:
+        with atomic_write(args.out) as file:
+            np.savez(file, count=total.count, mean=total.mean, var=total.var(), m2=total.m2)
+    ranks.say(f"{total.count} values in each of {total.mean.size} channels")
+    ranks.say(f"{'channel':>8}  {'mean':>12}  {'std':>12}")
+    for c, (mean, var) in enumerate(zip(total.mean.flat, total.var().flat, strict=True)):
+        if c == TABLE_ROWS:
+            ranks.say(f"{'...':>8}")
+            break
+        ranks.say(f"{c:8d}  {mean:12.6g}  {math.sqrt(var):12.6g}")
+    ranks.say(f"Moments: {args.out}")
+
+
+def train(args: argparse.Namespace, ranks: Ranks) -> None:
     """Train a network, print its accuracy by step, and write what is asked for."""
-    checkpoint = nn.read_checkpoint(args.load) if args.load else None
+    checkpoint = ranks.from_first(lambda: checkpoint_to_go_on_from(args))
     settings = training_settings(args, checkpoint)
+    of_first = ranks.from_first(lambda: settings)
+    if settings != of_first:
+        raise ValueError(f"expected the settings of rank 0, {of_first}; got {settings}")
     if args.threads:
         limit_threads(args.threads)
-    dataset = data.load(settings["dataset"], args.data_dir)
+    part = {"part": ranks.rank, "parts": ranks.size}
+    dataset = data.load(settings["dataset"], args.data_dir, **part)
+    x_train, x_test = (x.astype(settings["dtype"]) for x in (dataset.x_train, dataset.x_test))
     activation, gain = ACTIVATIONS[settings["activation"]]
-    sizes = [dataset.x_train.shape[1], *settings["hidden"], CLASSES]
+    sizes = [x_train.shape[1], *settings["hidden"], CLASSES]
     if checkpoint:
         checkpoint.check_sizes(sizes)  # before anything is allocated on the word of the file
     model = nn.fully_connected(
@@ -293,36 +448,52 @@ def train(args: argparse.Namespace) -> None:
         batch_norm=settings["batch_norm"],
         gain=gain,
         rng=np.random.default_rng(settings["seed"]),
+        dtype=settings["dtype"],
+        comm=ranks.comm,
     )
     optimizer = nn.SGD(settings["learning_rate"], settings["momentum"])
     if checkpoint:
         checkpoint.restore(model, optimizer)
-    if args.out:
-        prepare_folder(args.out)
-    if args.save:  # perhaps into that folder
-        check_writable(args.save)
+    counts = [len(x_train), len(x_test)]
+    if ranks.comm:  # and so nothing is written before every rank has its shard
+        counts = [sum(shards) for shards in zip(*ranks.comm.allgather(counts), strict=True)]
+    start = checkpoint.step if checkpoint else 0
+    steps = steps_to_take(args, start, nn.steps_per_epoch(counts[0], settings["batch_size"]))
+    if ranks.rank == 0:
+        if args.out:
+            prepare_folder(args.out)
+        if args.save:  # perhaps into that folder
+            check_writable(args.save)
 
-    print(f"{dataset.name}: {len(dataset.y_train)} images to train, {len(dataset.y_test)} to test")
-    layers = f"{dataset.x_train.shape[1]} inputs, {settings['activation']} layers of "
+    def save(record: nn.Record) -> None:
+        if args.save and ranks.rank == 0 and record.step > start:
+            how = {"step": record.step, "seed": settings["seed"], "settings": settings}
+            nn.save_checkpoint(args.save, model, optimizer, **how)
+
+    ranks.say(f"{dataset.name}: {counts[0]} images to train, {counts[1]} to test")
+    layers = f"{sizes[0]} inputs, {settings['activation']} layers of "
     layers += f"{', '.join(map(str, settings['hidden']))}, {CLASSES} classes, "
-    print(f"{layers}{'with' if settings['batch_norm'] else 'without'} batch normalisation")
+    ranks.say(f"{layers}{'with' if settings['batch_norm'] else 'without'} batch normalisation")
+    if ranks.comm:
+        ranks.say(f"{ranks.size} ranks share each batch of {settings['batch_size']}")
     records = nn.fit(
         model,
         optimizer,
-        dataset.x_train,
+        x_train,
         dataset.y_train,
-        epochs=args.epochs or (None if args.steps else DEFAULT_EPOCHS),
-        steps=args.steps,
+        steps=steps,
         batch_size=settings["batch_size"],
         seed=settings["seed"],
-        start=checkpoint.step if checkpoint else 0,
-        test=(dataset.x_test, dataset.y_test),
-        progress=not args.no_progress,
+        start=start,
+        test=(x_test, dataset.y_test),
+        callback=save,
+        progress=not args.no_progress and ranks.rank == 0,
+        comm=ranks.comm,
     )
+    if ranks.rank:
+        return
     print_records(records)
     if args.save:
-        step, seed = records[-1].step, settings["seed"]
-        nn.save_checkpoint(args.save, model, optimizer, step=step, seed=seed, settings=settings)
         print(f"Model: {args.save}")
     if args.out:
         rows = [record._asdict() for record in records]
@@ -332,6 +503,27 @@ def train(args: argparse.Namespace) -> None:
         accuracy = [record.accuracy or 0.0 for record in records]
         plot_accuracy(axes, {label: ([record.step for record in records], accuracy)})
         print(f"Figure: {write_figure(args.out, figure)}")
+
+
+def checkpoint_to_go_on_from(args: argparse.Namespace) -> nn.Checkpoint | None:
+    """Read the file of --load, or with --resume that of --save."""
+    if args.resume and not args.save:
+        raise ValueError("--resume: goes on from the file of --save, and there is no --save")
+    path = args.save if args.resume else args.load
+    return nn.read_checkpoint(path) if path else None
+
+
+def steps_to_take(args: argparse.Namespace, start: int, per_epoch: int) -> int:
+    """Return the length of the training, with --resume of what is left of it."""
+    steps: int = args.steps or per_epoch * (args.epochs or DEFAULT_EPOCHS)
+    if not args.resume:
+        return steps
+    if steps <= start:
+        raise ValueError(
+            f"--resume: {args.save} has taken {start} steps, and {steps} are asked for in all; ask "
+            "for more"
+        )
+    return steps - start
 
 
 def limit_threads(threads: int) -> None:

@@ -226,12 +226,7 @@ def batch_norm_train(
     )
     walk.finish()
     if running is not None:
-        # Statistics beyond float32 become infinite there, as IEEE arithmetic has it; no warning is
-        # owed, and one that is an error must not come between the two.
-        with np.errstate(all="ignore"):
-            for old, new in zip(running, (mean, var * (m / (m - 1))), strict=True):
-                kept = np.multiply(old, 1 - momentum, dtype=np.float64)
-                old[...] = kept + momentum * new.reshape(over.shape)
+        update_running(running, momentum, mean.reshape(over.shape), var.reshape(over.shape), m)
     return TrainResult(y, mean.reshape(over.shape), invstd.reshape(over.shape))
 
 
@@ -597,6 +592,22 @@ def batch_moments(
         walk = problem(over.axes, (x,))
         kernels_for(x).moments(walk.geometry, walk.arrays[0], mean, m2, threads)
     return Moments(over.values, mean.reshape(over.shape), m2.reshape(over.shape))
+
+
+def update_running(
+    running: tuple[NDArray[Any], NDArray[Any]],
+    momentum: float,
+    mean: NDArray[np.float64],
+    var: NDArray[np.float64],
+    m: int,
+) -> None:
+    """Move checked running statistics in place towards those of a batch of m > 1 values."""
+    # Statistics beyond float32 become infinite there, as IEEE arithmetic has it; no warning is
+    # owed, and one that is an error must not come between the two.
+    with np.errstate(all="ignore"):
+        for old, new in zip(running, (mean, var * (m / (m - 1))), strict=True):
+            kept = np.multiply(old, 1 - momentum, dtype=np.float64)
+            old[...] = kept + momentum * new
 
 
 def _dresidual_of_kernels(

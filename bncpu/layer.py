@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class _Forward(NamedTuple):
-    # What backward needs of a forward; spread is invstd, or without `batch` the variance.
+    # What backward needs of a forward; the statistics are the batch's own, or with `batch` false
+    # the running mean and variance.
     x: Any
-    mean: NDArray[Any]
-    spread: NDArray[Any]
+    statistics: tuple[Any, ...]
     batch: bool
     residual: bool
     mask: NDArray[np.uint8] | None
@@ -189,24 +189,21 @@ class BatchNorm:
             y = functional.batch_norm_infer(x, mean, var, self.gamma, self.beta, **how)
             # In place there is no x left to differentiate at.
             in_place = out is not None and overlap(as_numpy("out", out), as_numpy("x", x))
-            self._last = None if in_place else _Forward(x, mean, var, False, with_residual, mask)
+            self._last = None if in_place else _Forward(x, (mean, var), False, with_residual, mask)
             return y
         update = self.training and self.running_mean is not None
         momentum = self.momentum
         if momentum is None:
             momentum = 1 / (self.num_batches_tracked + 1)
-        y, mean, invstd = functional.batch_norm_train(
-            x,
-            self.gamma,
-            self.beta,
-            running_mean=self.running_mean if update else None,
-            running_var=self.running_var if update else None,
-            momentum=momentum,
-            **how,
-        )
+        how |= {
+            "running_mean": self.running_mean if update else None,
+            "running_var": self.running_var if update else None,
+            "momentum": momentum,
+        }
+        y, statistics, m = self._forward_batch(x, how)
         # A batch without values has changed nothing and must not weigh in the average.
-        self.num_batches_tracked += update and y.size > 0
-        self._last = _Forward(x, mean, invstd, True, with_residual, mask)
+        self.num_batches_tracked += update and m > 0
+        self._last = _Forward(x, statistics, True, with_residual, mask)
         return y
 
     def backward(self, dy: Any, *, out: Any = None) -> NDArray[Any]:
@@ -230,7 +227,7 @@ class BatchNorm:
             raise RuntimeError(
                 "backward: call forward first, and not with out=x; it keeps what the gradients need"
             )
-        x, mean, spread, batch, residual, mask = self._last
+        x, statistics, batch, residual, mask = self._last
         how = {
             "axis": self.axis,
             "activation": self.activation,
@@ -239,17 +236,29 @@ class BatchNorm:
             "out": out,
         }
         if batch:
-            gradients = functional.batch_norm_backward(
-                dy, x, mean, spread, self.gamma, self.beta, **how
-            )
+            gradients = self._backward_batch(dy, x, statistics, how)
         else:
+            mean, var = statistics
             gradients = functional.batch_norm_infer_backward(
-                dy, x, mean, spread, self.gamma, self.beta, eps=self.eps, **how
+                dy, x, mean, var, self.gamma, self.beta, eps=self.eps, **how
             )
         if self.gamma is not None:
             self.dgamma, self.dbeta = gradients.dgamma, gradients.dbeta
         self.dresidual = gradients.dresidual
         return gradients.dx
+
+    def _forward_batch(
+        self, x: Any, how: dict[str, Any]
+    ) -> tuple[NDArray[Any], tuple[Any, ...], int]:
+        # y, what backward needs of the batch's statistics, and whether the batch had values (> 0).
+        y, mean, invstd = functional.batch_norm_train(x, self.gamma, self.beta, **how)
+        return y, (mean, invstd), y.size
+
+    def _backward_batch(
+        self, dy: Any, x: Any, statistics: tuple[Any, ...], how: dict[str, Any]
+    ) -> functional.Gradients:
+        mean, invstd = statistics
+        return functional.batch_norm_backward(dy, x, mean, invstd, self.gamma, self.beta, **how)
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Return copies of parameters and statistics under PyTorch's names."""

@@ -105,3 +105,18 @@ def test_onednn_takes_its_turn(scripts, monkeypatch):
     with pytest.raises(RuntimeError, match="no such operation"):
         process.ask("fly", "nchw", 0.0)
     process.close()
+
+
+def test_scaling_of_benchmarks(scripts, monkeypatch, capsys):  # noqa: ARG001
+    """In one process; under mpiexec it is run by hand."""
+    pytest.importorskip("mpi4py.MPI", exc_type=(ImportError, RuntimeError))
+    scaling = importlib.import_module("scaling")
+    monkeypatch.setattr(scaling, "LAYERS", ((2, 3, 2, 2),))
+    monkeypatch.setattr(scaling, "HIDDEN", (4,))
+    monkeypatch.setattr(scaling, "CHANNELS", (3,))
+    monkeypatch.setattr(scaling, "ROUNDS", 10)
+    scaling.main(["--quick"])
+    sys.modules.pop("scaling")
+    printed = capsys.readouterr().out
+    assert printed.count("### ") == 3
+    assert "| (2, 3, 2, 2) |" in printed

@@ -123,7 +123,9 @@ def test_bench(capsys, tmp_path, monkeypatch):
         assert figure.width > 500
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["bench"], ["train"], ["reproduce"]])
+@pytest.mark.parametrize(
+    "command", [[], ["info"], ["bench"], ["train"], ["moments"], ["reproduce"]]
+)
 def test_help(capsys, command):
     assert run(*command, "--help") == 0
     out, err = capsys.readouterr()
@@ -168,6 +170,18 @@ def test_help(capsys, command):
         (["train", "--out", "plain"], "plain: is not a folder"),
         (["train", "--out", "plain/deeper"], "plain/deeper: Not a directory"),
         (["train", "--load", "plain"], "plain: damaged, cut short, or not a safetensors file"),
+        (["train", "--dtype", "float16"], "invalid choice: 'float16'"),
+        (
+            ["train", "--resume"],
+            "--resume: goes on from the file of --save, and there is no --save",
+        ),
+        (["train", "--resume", "--save", "no.st"], "no.st: No such file or directory"),
+        (["train", "--resume", "--load", "x"], "--load: not allowed with argument --resume"),
+        (["train", "--resume", "--save", "plain"], "plain: damaged, cut short, or not a safetens"),
+        (["moments"], "the following arguments are required: FILE"),
+        (["moments", "no.npy"], "no.npy: No such file or directory"),
+        (["moments", "."], ".: Is a directory"),
+        (["moments", "plain"], "plain: damaged, or not a .npy file"),
         (["reproduce"], "the following arguments are required: name"),
         (["reproduce", "imagenet"], "invalid choice: 'imagenet'"),
         (["reproduce", "digits", "--out", "plain"], "plain: is not a folder"),
@@ -287,6 +301,38 @@ def test_a_loaded_training_goes_on_exactly(capsys, tmp_path):
     ):
         argv = ["train", "--load", "half", *change, "--save", "y", "--out", "z"]
         assert_refused(capsys, tmp_path, argv, message)
+
+
+def test_a_resumed_training_goes_on_to_the_length_of_the_whole(capsys, tmp_path):
+    options = ["--hidden", 20, "--momentum", 0.9, "--learning-rate", 0.1]
+    assert run("train", *options, "--epochs", 3, "--save", "whole") == 0
+    assert run("train", *options, "--epochs", 1, "--save", "m") == 0
+    assert run("train", *options, "--epochs", 3, "--save", "m", "--resume") == 0
+    assert (tmp_path / "m").read_bytes() == (tmp_path / "whole").read_bytes()
+    capsys.readouterr()
+    argv = ["train", "--epochs", "3", "--save", "m", "--resume"]
+    message = "--resume: m has taken 72 steps, and 72 are asked for in all; ask for more"
+    assert_refused(capsys, tmp_path, argv, message)
+
+
+def test_a_model_is_saved_every_epoch(monkeypatch):
+    """So that a run that ends too soon leaves the last one."""
+    step, taken = nn.SGD.step, iter(range(50))
+
+    def interrupted(self, model):
+        if next(taken, None) is None:
+            raise KeyboardInterrupt
+        step(self, model)
+
+    monkeypatch.setattr(nn.SGD, "step", interrupted)
+    assert run("train", "--hidden", 20, "--epochs", 3, "--no-progress", "--save", "m") == 130
+    assert nn.read_checkpoint("m").step == 48
+
+
+def test_training_in_float64(tmp_path):
+    assert run(*TRAIN, "--dtype", "float64", "--save", "m") == 0
+    model = nn.read_checkpoint(tmp_path / "m").model
+    assert {array.dtype.name for array in model.values()} == {"float64", "int64"}
 
 
 def saved(**settings):

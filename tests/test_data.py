@@ -199,6 +199,30 @@ def test_files_that_do_not_belong_together(tmp_path, parts, part, array, message
         data.load_mnist(tmp_path)
 
 
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("shards", [1, 2, 3, 8])
+def test_shards_make_the_whole(tmp_path, parts, shards, compress):
+    """Of 8, one has no row of the 7 for test."""
+    write(tmp_path, parts, compress)
+    for name, folder in (("mnist", tmp_path), ("digits", None)):
+        whole = data.load(name, folder)
+        pieces = [data.load(name, folder, part=part, parts=shards) for part in range(shards)]
+        for arrays, array in zip(zip(*pieces, strict=True), whole, strict=True):
+            if isinstance(array, str):
+                continue
+            np.testing.assert_array_equal(np.concatenate(arrays), array)
+            assert len({len(piece) for piece in arrays}) <= 2
+
+
+def test_a_shard_reads_no_other_rows(tmp_path, parts, monkeypatch):
+    write(tmp_path, parts)
+    sizes = []
+    empty = np.empty
+    monkeypatch.setattr(np, "empty", lambda size, dtype: sizes.append(size) or empty(size, dtype))
+    read_idx(tmp_path / FILES["x_train"], 3, slice(10, 13))
+    assert sizes == [3 * 5 * 4]
+
+
 # The files that BNCPU_DATA names, of MNIST or of a set like it, are read too where it is set.
 SOURCES = ["small files", *filter(None, [os.environ.get("BNCPU_DATA")])]
 

@@ -25,6 +25,9 @@ def public_callables():
     return sorted(name for name in bncpu.__all__ if callable(getattr(bncpu, name)))
 
 
+# What examples need that their module does not import at once.
+NEEDS = {"bncpu.distributed": "mpi4py.MPI"}
+
 # What functions return shows itself in the examples of those functions.
 RESULTS = {"Gradients", "LinearMap", "TrainResult"}
 
@@ -38,6 +41,8 @@ def test_examples(name):
         if (error.name or "").startswith("bncpu"):
             raise
         pytest.skip(f"{name} needs {error.name}")
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name], exc_type=(ImportError, RuntimeError))
     # pytest's warning filter and the examples' own printing should not meet.
     result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE, report=True)
     assert result.failed == 0

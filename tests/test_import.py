@@ -56,6 +56,7 @@ HEAVY = {
     "hypothesis",
     "ml_dtypes",
     "matplotlib",
+    "mpi4py",
     "pytest",
     "safetensors",
     "scipy",
@@ -78,6 +79,7 @@ def test_import_is_light():
     assert not HEAVY & {name.partition(".")[0] for name in modules}
     of_bncpu = {name for name in modules if name.startswith("bncpu.")}
     above = ("bncpu.nn", "bncpu.data", "bncpu.experiments", "bncpu.cli", "bncpu.bench")
+    above += ("bncpu.distributed", "bncpu.population")
     assert not {name for name in of_bncpu if name.startswith(above)}
     assert "bncpu.reference" not in of_bncpu
 

@@ -16,8 +16,13 @@ from bncpu.data.mnist import load_mnist
 NAMES = ("digits", "mnist")
 
 
-def load(name: str, folder: str | os.PathLike[str] | None = None) -> Dataset:
+def load(
+    name: str, folder: str | os.PathLike[str] | None = None, *, part: int = 0, parts: int = 1
+) -> Dataset:
     """Return the dataset of that name; `folder` is where its files are, if it has any.
+
+    With `parts`, it is shard `part` of as many, numbered from 0: neighbouring rows of the training
+    set and of the test set.
 
     Raises
     ------
@@ -27,9 +32,9 @@ def load(name: str, folder: str | os.PathLike[str] | None = None) -> Dataset:
         If its files are missing, or `folder` is not a folder.
     """
     if name == "digits":
-        return load_digits()
+        return load_digits(part=part, parts=parts)
     if name == "mnist":
-        return load_mnist(folder)
+        return load_mnist(folder, part=part, parts=parts)
     raise ValueError(f"dataset: expected one of {', '.join(NAMES)}; got {name!r}")
 
 

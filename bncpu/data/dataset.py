@@ -16,3 +16,8 @@ class Dataset(NamedTuple):
     y_train: NDArray[Any]
     x_test: NDArray[Any]
     y_test: NDArray[Any]
+
+
+def shard(n: int, part: int, parts: int) -> slice:
+    """Return the rows of one of several neighbouring parts of n rows, as equal as can be."""
+    return slice(n * part // parts, n * (part + 1) // parts)

@@ -5,14 +5,14 @@ They are the test part of the UCI set of Alpaydin & Kaynak (1998), here split an
 
 import numpy as np
 
-from bncpu.data.dataset import Dataset
+from bncpu.data.dataset import Dataset, shard
 
 TEST_FRACTION = 0.2
 SPLIT_SEED = 0  # the split is part of the dataset: it does not move with the seed of a training
 
 
-def load_digits() -> Dataset:
-    """Return the digits, a fifth of every class as the test set.
+def load_digits(*, part: int = 0, parts: int = 1) -> Dataset:
+    """Return the digits, a fifth of every class as the test set, or one of several shards of both.
 
     Raises
     ------
@@ -30,4 +30,5 @@ def load_digits() -> Dataset:
     for label in np.unique(y):
         rows = rng.permutation(np.flatnonzero(y == label))
         test[rows[: round(TEST_FRACTION * len(rows))]] = True
-    return Dataset("digits", x[~test], y[~test], x[test], y[test])
+    arrays = (x[~test], y[~test], x[test], y[test])
+    return Dataset("digits", *(rows[shard(len(rows), part, parts)] for rows in arrays))

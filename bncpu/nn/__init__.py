@@ -5,6 +5,7 @@ layers.py                 Linear, Sigmoid, Tanh, ReLU; Sequential chains them
 losses.py                 SoftmaxCrossEntropy
 optimizers.py             SGD, with momentum
 training.py               fit: batches, steps, records; evaluate, inference
+parallel.py               where the batch of a step is: in one process, or shared by ranks
 networks.py               fully_connected: the network of the paper's section 4.1
 checkpoint.py             a training run in a safetensors file, and back, bit for bit
 arguments.py              the checks of numbers that all of these share

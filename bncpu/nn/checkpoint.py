@@ -206,9 +206,11 @@ def architecture(model: Sequential) -> list[str]:
 
 
 def _describe(layer: Layer | BatchNorm) -> str:
-    # The repr of a BatchNorm has its eps and momentum, which leave no trace in names and shapes.
+    # The repr of a BatchNorm has its eps and momentum, which leave no trace in names and shapes. A
+    # synchronised one is told as a plain one: where its batch lies is no matter of architecture.
     dtypes = {str(value.dtype) for value in layer.state_dict().values() if value.dtype.kind == "f"}
-    return " ".join([repr(layer), *sorted(dtypes)])
+    told = BatchNorm.__repr__(layer) if isinstance(layer, BatchNorm) else repr(layer)
+    return " ".join([told, *sorted(dtypes)])
 
 
 def _safetensors(submodule: str = "") -> Any:

@@ -5,10 +5,12 @@ Anything else is a `Sequential` of the reader's own.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from bncpu.distributed import SyncBatchNorm
 from bncpu.layer import BatchNorm
 from bncpu.nn.arguments import integer, real
 from bncpu.nn.layers import MAX_WEIGHTS, Layer, Linear, Sequential, Sigmoid
@@ -22,6 +24,7 @@ def fully_connected(
     gain: float = 1.0,
     rng: np.random.Generator,
     dtype: DTypeLike = np.float32,
+    comm: Any = None,
 ) -> Sequential:
     """Return g(BN(Wu)) for every hidden layer, then a linear layer to the logits.
 
@@ -44,6 +47,8 @@ def fully_connected(
         Draws them, layer by layer.
     dtype : dtype
         float32 or float64.
+    comm : mpi4py.MPI.Intracomm, optional
+        The ranks that share each batch: hidden layers are then `SyncBatchNorm`.
 
     Raises
     ------
@@ -74,7 +79,11 @@ def fully_connected(
         std = gain * inputs**-0.5
         layers.append(Linear(inputs, outputs, bias=not batch_norm, rng=rng, std=std, dtype=dtype))
         if batch_norm:
-            layers.append(BatchNorm(outputs, dtype=dtype))
+            layers.append(
+                BatchNorm(outputs, dtype=dtype)
+                if comm is None
+                else SyncBatchNorm(outputs, comm=comm, dtype=dtype)
+            )
         layers.append(activation())
     layers.append(Linear(sizes[-2], sizes[-1], rng=rng, dtype=dtype))
     return Sequential(*layers)

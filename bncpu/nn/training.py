@@ -6,7 +6,6 @@ stopped after any step goes on exactly as if it had not been.
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -16,8 +15,9 @@ from numpy.typing import NDArray
 
 from bncpu.nn.arguments import integer
 from bncpu.nn.layers import Array, Layer, modes_of
-from bncpu.nn.losses import SoftmaxCrossEntropy
 from bncpu.nn.optimizers import SGD
+from bncpu.nn.parallel import Process, Ranks
+from bncpu.progress import bar as progress_bar
 
 
 class Record(NamedTuple):
@@ -82,22 +82,28 @@ def evaluate(model: Layer, x: Array, y: Array, *, batch_size: int = 1000) -> flo
     """
     batch_size = integer("batch_size", batch_size, 1)
     check_examples(x, y)
+    return _right(model, x, y, batch_size) / len(x)
+
+
+def _right(model: Layer, x: Array, y: Array, batch_size: int = 1000) -> int:
     right = 0
     with inference(model):
         for i in range(0, len(x), batch_size):
             logits = model.forward(x[i : i + batch_size])
             right += int(np.count_nonzero(logits.argmax(axis=1) == y[i : i + batch_size]))
-    return right / len(x)
+    return right
 
 
-def check_examples(x: Array, y: Array, names: tuple[str, str] = ("x", "y")) -> None:
+def check_examples(
+    x: Array, y: Array, names: tuple[str, str] = ("x", "y"), *, may_be_empty: bool = False
+) -> None:
     """Refuse what is not at least one example with one label for each."""
     for name, array in zip(names, (x, y), strict=True):
         if not isinstance(array, np.ndarray):
             raise TypeError(f"{name}: expected a NumPy array; got {type(array).__name__}")
         if not array.ndim:
             raise ValueError(f"{name}: expected one row per example; got an array without axes")
-    if not len(x):
+    if not len(x) and not may_be_empty:
         raise ValueError(f"{names[0]}: expected at least one example; got shape {x.shape}")
     if len(x) != len(y):
         raise ValueError(
@@ -121,6 +127,7 @@ def fit(
     callback: Callable[[Record], None] | None = None,
     progress: bool = False,
     title: str = "training",
+    comm: Any = None,
 ) -> list[Record]:
     """Train a classifier on x, y with softmax cross-entropy.
 
@@ -150,6 +157,13 @@ def fit(
         Called with every record as it is made.
     progress : bool
         Show a progress bar (tqdm) on stderr, with `title` before it.
+    comm : mpi4py.MPI.Intracomm, optional
+        Train together with its other ranks, all of which make this call, and whose model has the
+        same layers. x, y and `test` are then this rank's shard of them, of any length; in the order
+        of the ranks, the shards are the data set. A batch is the one that a single process would
+        take from the whole, each rank computes on those of its examples that it holds, and
+        gradients are added up over the ranks. Batch norms should be `bncpu.distributed`'s
+        `SyncBatchNorm`: a plain one normalises by its rank's examples alone.
 
     Returns
     -------
@@ -163,48 +177,60 @@ def fit(
         step.
     FloatingPointError
         If the loss is not finite. No parameter has been changed by that step.
+
+    Notes
+    -----
+    With `comm`, all ranks start with rank 0's state of model and optimizer and take the same steps;
+    records are the same on all of them, and to rounding those of a single process, whatever the
+    number of ranks. A rank that raises leaves the others waiting: end them with ``comm.Abort``.
     """
     if (epochs is None) == (steps is None):
         raise ValueError("epochs, steps: expected exactly one of the two")
     batch_size = integer("batch_size", batch_size, 1)
     seed, start = integer("seed", seed, 0), integer("start", start, 0)
-    check_examples(x, y)
+    shards = comm is not None
+    check_examples(x, y, may_be_empty=shards)
     if test is not None:
         if not isinstance(test, tuple | list) or len(test) != 2:
             raise TypeError(f"test: expected two arrays, x and y; got {type(test).__name__}")
-        check_examples(*test, names=("test[0]", "test[1]"))
+        check_examples(*test, names=("test[0]", "test[1]"), may_be_empty=shards)
+    here = Ranks(comm, len(x)) if shards else Process(len(x))
 
-    per_epoch = steps_per_epoch(len(x), batch_size)
+    per_epoch = steps_per_epoch(here.examples, batch_size)
     if epochs is not None:
         stop = start + integer("epochs", epochs, 1) * per_epoch
     else:
         stop = start + integer("steps", steps, 1)
     every = per_epoch if every is None else integer("every", every, 1)
-    loss = SoftmaxCrossEntropy()
     records: list[Record] = []
     losses: list[float] = []
 
     def record(step: int) -> None:
         mean = math.fsum(losses) / len(losses) if losses else None
         losses.clear()
-        records.append(Record(step, mean, evaluate(model, *test) if test else None))
+        accuracy = here.fraction(_right(model, *test), len(test[0])) if test else None
+        records.append(Record(step, mean, accuracy))
         if callback is not None:
             callback(records[-1])
 
+    here.begin(model, optimizer)
     model.train()
-    order = batches(len(x), batch_size, seed, start)
+    order = batches(here.examples, batch_size, seed, start)
+    shown = progress_bar(stop, title, progress, start=start)
     # A diverging network overflows somewhere first; the loss tells of it once, below.
-    with _bar(stop, start, title, progress) as bar, np.errstate(over="ignore", invalid="ignore"):
+    with shown as bar, np.errstate(over="ignore", invalid="ignore"):
         record(start)
         for step in range(start + 1, stop + 1):
-            rows = next(order)
-            losses.append(loss.forward(model.forward(x[rows]), y[rows]))
+            batch = next(order)
+            rows = here.own(batch)
+            losses.append(here.loss(model.forward(x[rows]), y[rows], len(batch)))
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(
                     f"loss: {losses[-1]} at step {step}; the training diverged, lower the "
                     f"learning rate ({optimizer.learning_rate:g})"
                 )
-            model.backward(loss.backward())
+            model.backward(here.loss_gradient())
+            here.add_up(model.gradients())
             optimizer.step(model)
             bar.update()
             if step % every == 0 or step == stop:
@@ -212,34 +238,3 @@ def fit(
                 if test:
                     bar.set_postfix_str(f"test accuracy {records[-1].accuracy:.4f}", refresh=False)
     return records
-
-
-def _bar(stop: int, start: int, title: str, show: bool) -> Any:
-    """Return a tqdm bar, or something that behaves like one and shows nothing."""
-    if not show:
-        return _NoBar()
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError('progress: needs tqdm; pip install "bncpu[train]"') from error
-    # A log file wants a line now and then, not ten a second.
-    wait = 0.1 if sys.stderr.isatty() else 5.0
-    return tqdm(
-        total=stop, initial=start, desc=title, unit="step", file=sys.stderr, mininterval=wait
-    )
-
-
-class _NoBar:
-    """A progress bar that shows nothing."""
-
-    def __enter__(self) -> "_NoBar":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def update(self) -> None:
-        pass
-
-    def set_postfix_str(self, text: str, refresh: bool) -> None:
-        pass
