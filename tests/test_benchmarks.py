@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def scripts(monkeypatch):
     monkeypatch.setattr(modules["against_peers"], "UNTUNED", [(2, 3, 2, 2)])
     monkeypatch.setattr(modules["against_peers"], "PLAIN", [(4, 3)])
     yield modules
-    for name in (*names, "tables", "figures"):
+    for name in (*names, "tables", "figures", "resnet"):
         sys.modules.pop(name, None)
 
 
@@ -120,3 +121,28 @@ def test_scaling_of_benchmarks(scripts, monkeypatch, capsys):  # noqa: ARG001
     printed = capsys.readouterr().out
     assert printed.count("### ") == 3
     assert "| (2, 3, 2, 2) |" in printed
+
+
+def test_resnet(scripts, monkeypatch, capsys, tmp_path):  # noqa: ARG001
+    torch = pytest.importorskip("torch")
+    resnet = importlib.import_module("resnet")
+    monkeypatch.setattr(resnet, "resnet", partial(resnet.resnet, blocks=(2, 1), width=8))
+    monkeypatch.setattr(
+        resnet, "TIMES_OF_PYTORCH", 1e3
+    )  # a matter of luck where so little is summed
+    path, before = tmp_path / "resnet.json", torch.get_num_threads()
+    options = ["--batch", "4", "--image", "32", "--steps", "2", "--rounds", "1"]
+    try:
+        assert resnet.main([*options, "--threads", "1", "--json", str(path)]) == 0
+    finally:
+        torch.set_num_threads(before)
+    printed = capsys.readouterr().out
+    assert "outputs and gradients: equal within tolerance" in printed
+    document = json.loads(path.read_text())
+    for part in ("training", "inference"):
+        assert set(document[part]) == set(resnet.NAMES)
+        assert all(row["norm"] > 0 for row in document[part].values())
+        assert document[part]["PyTorch"]["both"] > document[part]["PyTorch"]["norm"]
+    assert len(document["losses"]["PyTorch, float64"]) == 2
+    monkeypatch.setattr(resnet, "TOLERANCE", 0.0)
+    assert not resnet.equality(resnet.resnet(), 32)[1]

@@ -1,7 +1,7 @@
 """The examples of the documentation run as written."""
 
 import doctest
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -59,8 +59,10 @@ def test_examples_of_the_readme():
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     examples = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     names = {}
+    installed = importlib.util.find_spec("torch")
     for example in examples:
-        exec(example, names)
+        if installed or "torch" not in example:
+            exec(example, names)
     assert np.array_equal(names["mask"], np.packbits(names["y"] != 0, bitorder="little"))
     assert names["memory"].any()
     assert names["x"].min() < 0

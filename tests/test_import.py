@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import inspect
+import re
 import subprocess
 import sys
 
@@ -78,8 +79,8 @@ def test_import_is_light():
     modules = modules_after("import bncpu")
     assert not HEAVY & {name.partition(".")[0] for name in modules}
     of_bncpu = {name for name in modules if name.startswith("bncpu.")}
-    above = ("bncpu.nn", "bncpu.data", "bncpu.experiments", "bncpu.cli", "bncpu.bench")
-    above += ("bncpu.distributed", "bncpu.population")
+    above = ("nn", "data", "experiments", "cli", "bench", "torch", "distributed", "population")
+    above = tuple(f"bncpu.{name}" for name in above)
     assert not {name for name in of_bncpu if name.startswith(above)}
     assert "bncpu.reference" not in of_bncpu
 
@@ -97,6 +98,21 @@ def test_the_reference_imports_numpy_alone():
     )
     new = {name.partition(".")[0] for name in run.stdout.split()}
     assert new <= set(sys.stdlib_module_names) | {"numpy"}
+
+
+@pytest.mark.parametrize("absent", ["torch", "ml_dtypes"])
+def test_what_bncpu_torch_needs_is_named(absent):
+    others = {"torch", "ml_dtypes"} - {absent}
+    code = (
+        "import sys, types\n"
+        f"sys.modules |= {{name: types.ModuleType(name) for name in {others!r}}}\n"
+        f"sys.modules[{absent!r}] = None\n"
+        "import bncpu.torch"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    message = f'ImportError: bncpu.torch: needs {absent}, .*pip install "bncpu\\[torch\\]"'
+    assert run.returncode == 1
+    assert re.match(message, run.stderr.splitlines()[-1])
 
 
 def test_public_names():
