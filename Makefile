@@ -12,10 +12,10 @@ MINIMUM := 3.11
 BIN := $(VENV)/bin
 NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard bncpu/cpu/*.pyx bncpu/cpu/*.pxi bncpu/cpu/*.hpp)
 OURS := bncpu tests benchmarks setup.py
-CPP := $(wildcard bncpu/cpu/*.hpp benchmarks/*.cpp)
+CPP := $(wildcard bncpu/cpu/*.hpp bncpu/cuda/*.cu tests/emulated_cuda/* benchmarks/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format wheel clean
+.PHONY: help demo test bench gpu lint format wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ bench: $(VENV)/.installed ## measure against all peers: JSON and figures into be
 	$(BIN)/python benchmarks/figures.py --out $(BENCH_OUT) $(BENCH_ARGS)
 	@echo "measurements and figures: $(BENCH_OUT)/"
 
+gpu: ## with an NVIDIA GPU: build, test and measure there with PYTHON's own packages, without network (OUT=folder)
+	$(PYTHON) benchmarks/on_gpu.py --out $(or $(OUT),gpu)
+
 lint: $(VENV)/.installed-dev ## check style, types, imports and the C++ and Cython sources
 	$(BIN)/ruff check $(OURS)
 	$(BIN)/ruff format --check $(OURS)
@@ -52,7 +55,7 @@ wheel: $(VENV)/.installed-dev ## build the sdist and, from it, the wheel into di
 	$(BIN)/python -m build
 
 clean: ## remove everything that was made here
-	rm -rf $(VENV) build dist $(DEMO_OUT) $(BENCH_OUT) *.egg-info .benchmarks .coverage .hypothesis .*_cache
+	rm -rf $(VENV) build dist gpu $(DEMO_OUT) $(BENCH_OUT) *.egg-info .benchmarks .coverage .hypothesis .*_cache
 	rm -f bncpu/cpu/*.so bncpu/cpu/*.pyd
 	find bncpu tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 

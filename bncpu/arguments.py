@@ -1,8 +1,9 @@
 """The door: what a user passes becomes checked arguments, or an error that says what was wrong.
 
 Every TypeError and ValueError of the public functions is raised here (or in backends, for the kind
-of an array, and threads, for num_threads), before anything is written. Messages name the argument,
-what was expected, what came, and the remedy where it is known.
+and the device of an array, and threads, for num_threads), before anything is written. One
+implementation serves NumPy's arrays and CuPy's, and looks at no value of the latter. Messages name
+the argument, what was expected, what came, and the remedy where it is known.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bncpu.backends import as_numpy, empty_like, is_bfloat16
-from bncpu.memory import overlap, overlaps_itself, same
+from bncpu.backends import as_array, empty_like, is_bfloat16, on_gpu
+from bncpu.memory import address, aligned, overlap, overlaps_itself, same, writeable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,9 +40,21 @@ class Channels(NamedTuple):
     values: int
 
 
+def taken(name: str, array: Any, x: Array | None = None, leader: str = "x") -> Array:
+    """Return an argument as an array of NumPy or CuPy, of the kind and the device of x."""
+    values = as_array(name, array, x, leader)
+    # NumPy copies misaligned elements, no GPU can read them.
+    if on_gpu(values) and not aligned(values):
+        raise ValueError(
+            f"{name}: expected elements of {values.itemsize} bytes at multiples of that on a GPU; "
+            f"got address {address(values):#x}, strides {values.strides}"
+        )
+    return values
+
+
 def data(name: str, array: Any) -> Array:
-    """Return x as an ndarray of floats of 16, 32 or 64 bits with at least one dimension."""
-    x = as_numpy(name, array)
+    """Return x as an array of floats of 16, 32 or 64 bits with at least one dimension."""
+    x = taken(name, array)
     if x.dtype not in (FLOAT32, FLOAT64, FLOAT16) and not is_bfloat16(x.dtype):
         raise TypeError(
             f"{name}: expected dtype float32, float64, float16 or bfloat16; got {x.dtype}; "
@@ -92,7 +105,7 @@ def parameter(
     name: str, array: Any, x: Array, over: Channels, dtypes: tuple[np.dtype[Any], ...]
 ) -> Array:
     """Return one value per channel, a view of the user's array, shape and dtype checked."""
-    values = as_numpy(name, array)
+    values = taken(name, array, x)
     if values.dtype not in dtypes:
         expected = " or ".join(dtype.name for dtype in dtypes)
         why = f" (x is {x.dtype})" if len(dtypes) == 1 else ""
@@ -114,25 +127,29 @@ def parameter_dtype(x: Array) -> np.dtype[Any]:
     return FLOAT64 if x.dtype == FLOAT64 else FLOAT32
 
 
-def affine(name: str, array: Any, x: Array, over: Channels) -> NDArray[np.float64] | None:
-    """Return gamma or beta as a float64 vector, None for None."""
+def affine(name: str, array: Any, x: Array, over: Channels) -> Array | None:
+    """Return gamma or beta as a vector, None for None."""
     if array is None:
         return None
     return vector(parameter(name, array, x, over, (parameter_dtype(x),)))
 
 
-def statistic(name: str, array: Any, x: Array, over: Channels) -> NDArray[np.float64]:
-    """Return a mean, var or invstd as a float64 vector; float32 and float64 are accepted."""
+def statistic(name: str, array: Any, x: Array, over: Channels) -> Array:
+    """Return a mean, var or invstd as a vector; float32 and float64 are accepted."""
     return vector(parameter(name, array, x, over, (FLOAT64, FLOAT32)))
 
 
-def vector(values: Array) -> NDArray[np.float64]:
-    """Return the values as a contiguous float64 vector, the same memory where that is possible."""
-    row = values.astype(FLOAT64, order="C", copy=False)
+def vector(values: Array) -> Array:
+    """Return the values as a contiguous float64 vector, the same memory where that is possible.
+
+    On a GPU its dtype and its stride are left as they are: the kernels there read any, and a copy
+    would be a launch of its own.
+    """
+    row = values if on_gpu(values) else values.astype(FLOAT64, order="C", copy=False)
     return row if row.ndim == 1 else row.reshape(-1)
 
 
-def variance(name: str, array: Any, x: Array, over: Channels) -> NDArray[np.float64]:
+def variance(name: str, array: Any, x: Array, over: Channels) -> Array:
     """Return a variance; NaN is let through, negative values are not."""
     var = statistic(name, array, x, over)
     no_negative(name, var)
@@ -140,7 +157,13 @@ def variance(name: str, array: Any, x: Array, over: Channels) -> NDArray[np.floa
 
 
 def no_negative(name: str, var: NDArray[np.float64]) -> None:
-    """Refuse a variance that is negative anywhere."""
+    """Refuse a variance that is negative anywhere.
+
+    One on a GPU is not looked at, which would wait for all that the GPU has still to do; the result
+    is NaN there.
+    """
+    if on_gpu(var):
+        return
     if np.count_nonzero(var < 0):
         at = int(np.argmax(var < 0))
         raise ValueError(
@@ -149,8 +172,8 @@ def no_negative(name: str, var: NDArray[np.float64]) -> None:
 
 
 def floats(name: str, array: Any, like: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
-    """Return an array of floats as a float64 copy, of the shape of another if one is given."""
-    values = as_numpy(name, array)
+    """Return an array of floats as a float64 copy, of the kind and shape of mean if it is given."""
+    values = taken(name, array, like, "mean")
     if values.dtype.kind != "f":
         raise TypeError(
             f"{name}: expected an array of floats; got dtype {values.dtype}; "
@@ -167,7 +190,7 @@ def weights(
     array: Any, scale: NDArray[np.float64], axis: Any, ranks: range
 ) -> tuple[NDArray[np.float64], int]:
     """Return a layer's weight as float64, and the axis of its outputs, as many as scale has."""
-    weight = floats("weight", array)
+    weight = floats("weight", taken("weight", array, scale, "mean"))
     if weight.ndim not in ranks:
         allowed = f"{ranks[0]}" if len(ranks) == 1 else f"at least {ranks[0]}"
         raise ValueError(f"weight: expected {allowed} dimensions; got shape {weight.shape}")
@@ -238,7 +261,7 @@ def momentum_weight(value: Any) -> float:
 
 def same_as_x(name: str, array: Any, x: Array) -> Array:
     """Return an array that must have x's shape and dtype (dy, residual)."""
-    values = as_numpy(name, array)
+    values = taken(name, array, x)
     _matches(name, values, x, is_read=True)
     return values
 
@@ -258,7 +281,7 @@ def mask(array: Any, x: Array, relu: bool) -> Array | None:
     """Return a mask, of one bit per element of x, None for None."""
     if array is None:
         return None
-    bits = as_numpy("mask", array)
+    bits = taken("mask", array, x)
     if not relu:
         raise ValueError(
             'mask: holds where ReLU lets pass, and there is no activation; pass activation="relu", '
@@ -308,7 +331,7 @@ def output(
     """
     if out is None:
         return empty_like(x)
-    result = as_numpy(name, out)
+    result = taken(name, out, x)
     _matches(name, result, x, is_read=False)
     _written(name, result)
     for other, array in others:
@@ -375,7 +398,7 @@ def _matches(name: str, array: Array, x: Array, is_read: bool) -> None:
 
 
 def _written(name: str, array: Array) -> None:
-    if not array.flags.writeable:
+    if not writeable(array):
         raise ValueError(f"{name}: expected a writeable array; got a read-only one")
     if overlaps_itself(array):
         raise ValueError(f"{name}: its elements overlap one another in memory")
@@ -383,7 +406,7 @@ def _written(name: str, array: Array) -> None:
 
 def _apart(name: str, array: Array, others: Sequence[tuple[str, Any]]) -> None:
     for other, given in others:
-        if given is not None and overlap(array, as_numpy(other, given)):
+        if given is not None and overlap(array, as_array(other, given, array)):
             raise ValueError(f"{name}: shares memory with {other}, which it would overwrite")
 
 

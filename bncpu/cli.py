@@ -25,6 +25,7 @@ import bncpu
 from bncpu import bench as measuring
 from bncpu import data, distributed, nn, population
 from bncpu.atomic import atomic_write, check_writable
+from bncpu.backends import DEVICES, NoGPUError, module_on
 from bncpu.bench import options
 from bncpu.experiments import EXPERIMENTS
 from bncpu.experiments.results import (
@@ -156,7 +157,7 @@ def run(argv: Sequence[str] | None, ranks: Ranks) -> int:
         return complain(f"{error.filename}: {text}" if error.filename else text, 2)
     except MemoryError as error:
         return complain(f"not enough memory; {error or 'take a smaller model'}", 2)
-    except (ValueError, ImportError, OverflowError, FloatingPointError) as error:
+    except (ValueError, ImportError, OverflowError, FloatingPointError, NoGPUError) as error:
         return complain(str(error), 2)
 
 
@@ -293,6 +294,9 @@ def train_arguments(sub: Parser) -> None:
         "--data-dir", type=Path, metavar="FOLDER", help="holds the dataset (default: $BNCPU_DATA)"
     )
     how.add_argument(
+        "--device", choices=DEVICES, default="cpu", help="NumPy or CuPy arrays (default: cpu)"
+    )
+    how.add_argument(
         "--threads", type=positive, metavar="N", help="of bncpu and NumPy's BLAS (default: theirs)"
     )
     how.add_argument(
@@ -375,6 +379,7 @@ def bench(args: argparse.Namespace, _: Ranks) -> None:
         layout=args.layout,
         num_threads=args.threads,
         level=args.level,
+        device=args.device,
         against=args.against,
         quick=args.quick,
         in_cache=args.in_cache,
@@ -428,6 +433,9 @@ def moments(args: argparse.Namespace, ranks: Ranks) -> None:
 
 def train(args: argparse.Namespace, ranks: Ranks) -> None:
     """Train a network, print its accuracy by step, and write what is asked for."""
+    if ranks.comm and args.device != "cpu":
+        raise ValueError("--device: ranks train on the CPU; leave out --distributed, or --device")
+    module = module_on(args.device)
     checkpoint = ranks.from_first(lambda: checkpoint_to_go_on_from(args))
     settings = training_settings(args, checkpoint)
     of_first = ranks.from_first(lambda: settings)
@@ -450,6 +458,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
         rng=np.random.default_rng(settings["seed"]),
         dtype=settings["dtype"],
         comm=ranks.comm,
+        device=args.device,
     )
     optimizer = nn.SGD(settings["learning_rate"], settings["momentum"])
     if checkpoint:
@@ -476,16 +485,19 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
     ranks.say(f"{layers}{'with' if settings['batch_norm'] else 'without'} batch normalisation")
     if ranks.comm:
         ranks.say(f"{ranks.size} ranks share each batch of {settings['batch_size']}")
+    x_train, y_train, x_test, y_test = (
+        module.asarray(array) for array in (x_train, dataset.y_train, x_test, dataset.y_test)
+    )
     records = nn.fit(
         model,
         optimizer,
         x_train,
-        dataset.y_train,
+        y_train,
         steps=steps,
         batch_size=settings["batch_size"],
         seed=settings["seed"],
         start=start,
-        test=(x_test, dataset.y_test),
+        test=(x_test, y_test),
         callback=save,
         progress=not args.no_progress and ranks.rank == 0,
         comm=ranks.comm,

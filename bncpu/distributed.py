@@ -12,8 +12,10 @@ an Allgather, whose rows each rank then merges in the order of the ranks, and no
 - It costs a rank P (2C + 1) float64 to receive where an Allreduce takes about two times 2C + 1, and
   as many steps in time: docs/scaling.md says up to which P that is no matter.
 
-mpi4py is imported when a communicator is looked at, not before. No kernels, no mathematics but the
-gradient's correction for the whole batch; training with it is in bncpu.nn.
+Arrays of a GPU stay there; the rows, some kB, go through host memory, which works with every MPI
+and costs no more than the wait that a message is anyway. mpi4py is imported when a communicator is
+looked at, not before. No kernels, no mathematics but the gradient's correction for the whole batch;
+training with it is in bncpu.nn.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from bncpu import arguments, functional
-from bncpu.backends import as_numpy
+from bncpu.backends import array_module, as_array, to_numpy
 from bncpu.functional import Gradients
 from bncpu.layer import BatchNorm
 from bncpu.moments import Moments
@@ -268,7 +270,7 @@ def batch_norm_backward(
     if half and residual is False:
         with_residual = True  # dz, of which the gradient is made in float32
         if activation is not None and mask is None:
-            mask = np.empty((x.size + 7) // 8, np.uint8)
+            mask = array_module(x).empty((x.size + 7) // 8, np.uint8)
             functional.batch_norm_infer(
                 x, mean, var, gamma, beta, activation=activation, mask=mask, **map_of_x
             )
@@ -289,14 +291,16 @@ def batch_norm_backward(
     if half and gradients.dresidual is not None:
         x, dx = x.astype(np.float32), gradients.dresidual.astype(np.float32)
         functional.batch_norm_infer_backward(dx, x, mean, var, gamma, out=dx, **map_of_x)
-    shares = np.concatenate([gradients.dbeta.ravel(), gradients.dgamma.ravel()], dtype=np.float64)
+    shares = array_module(dx).concatenate(
+        [d.ravel().astype(np.float64) for d in (gradients.dbeta, gradients.dgamma)]
+    )
     # Infinite sums and invstd make NaN, as IEEE arithmetic has it; no warning is owed.
     with np.errstate(all="ignore"):
         dbeta, dgamma = _gathered(shares, comm).sum(axis=0).reshape(2, *over.shape)
         if x.size:
             scale = -1 / np.sqrt(var + eps)
             if gamma is not None:
-                scale *= as_numpy("gamma", gamma)
+                scale *= as_array("gamma", gamma)
             dtype = arguments.parameter_dtype(x)
             by_xhat, constant = ((scale * (d / m)).astype(dtype) for d in (dgamma, dbeta))
             functional.batch_norm_infer(
@@ -509,7 +513,9 @@ def check_agreement(comm: Any, call: str, name: str = "", **details: Any) -> Non
 
 def _pooled(local: Moments, comm: Any) -> Moments:
     """Return the moments of the values of all ranks, merged in the order of the ranks."""
-    row = np.concatenate([[float(local.count)], local.mean.ravel(), local.m2.ravel()])
+    module = array_module(local.mean)
+    count = module.full(1, float(local.count))
+    row = module.concatenate([count, local.mean.ravel(), local.m2.ravel()])
     shape = local.mean.shape
     first, *others = (
         Moments(int(each[0]), *each[1:].reshape(2, *shape)) for each in _gathered(row, comm)
@@ -520,5 +526,6 @@ def _pooled(local: Moments, comm: Any) -> Moments:
 def _gathered(row: NDArray[np.float64], comm: Any) -> NDArray[np.float64]:
     """Return the rows of all ranks, in their order."""
     rows = np.empty((comm.Get_size(), row.size))
-    comm.Allgather(row, rows)
-    return rows
+    comm.Allgather(to_numpy(row), rows)
+    gathered: NDArray[np.float64] = array_module(row).asarray(rows)
+    return gathered

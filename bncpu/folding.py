@@ -1,6 +1,6 @@
 """Batch normalisation with fixed statistics as one linear map, alone or inside the layer before it.
 
-Parameters only, NumPy only; nothing here touches a batch.
+Parameters only, by the operations that NumPy and CuPy share; nothing here touches a batch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from bncpu import arguments
-from bncpu.backends import as_numpy
+from bncpu.backends import as_array
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,7 +39,7 @@ def linear_map(
     Parameters
     ----------
     mean, var : array of floats, shape (C,) or the shape of several channel axes
-        Population statistics; no variance may be negative.
+        Population statistics; no variance may be negative (one on a GPU is not looked at).
     gamma, beta : array of floats, the shape of mean, optional
         Ones and zeros if not given.
     eps : float, default 1e-5
@@ -196,7 +196,7 @@ def _fold(
     weight: Any, bias: Any, linear: LinearMap, axis: int, ranks: range
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     wide, axis = arguments.weights(weight, linear.scale, axis, ranks)
-    dtype = as_numpy("weight", weight).dtype
+    dtype = as_array("weight", weight).dtype
     shift = linear.shift
     if bias is not None:
         shift = arguments.floats("bias", bias, linear.scale) * linear.scale + shift

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from bncpu import arguments
-from bncpu.backends import kernels_for
+from bncpu.backends import array_module, as_stored, kernels_for, on_gpu, plain_kernels
+from bncpu.memory import overlap
 from bncpu.moments import Moments
 from bncpu.problem import problem
 from bncpu.threads import threads_for_call
@@ -88,8 +89,9 @@ def batch_norm_train(
     ----------
     x : array of float32, float64, float16 or bfloat16, any shape with the channels on `axis`
         The batch: (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W), channels-last with ``axis=-1``.
-        A NumPy array, or a CPU array with ``__dlpack__``; any strides, read-only allowed. bfloat16
-        is that of ml_dtypes.
+        A NumPy array, a CuPy array, or one of either memory with ``__dlpack__``; any strides,
+        read-only allowed. bfloat16 is that of ml_dtypes. All arrays of a call are of x's kind, and
+        so are the results.
     gamma, beta : array of float64 for float64 x, else of float32, shape (C,), optional
         Scale and shift; ones and zeros if not given.
     running_mean, running_var : array of float32 or float64, shape (C,), optional
@@ -129,7 +131,10 @@ def batch_norm_train(
     ValueError
         If a shape, range or axis does not fit, an array that is written is read-only or overlaps
         itself or another, only one running statistic is given, there is a mask without an
-        activation, or m = 1.
+        activation, or m = 1; or arrays are on several GPUs, or on one that is not the current.
+    ImportError, RuntimeError
+        If x is on a GPU, and CuPy is not installed, finds no driver, or the GPU is older than
+        compute capability 7.5.
 
     Notes
     -----
@@ -159,6 +164,11 @@ def batch_norm_train(
     of a mask where the channels of x lie outside several axes that do not join in memory, as those
     of a crop of the last two axes do.
 
+    CuPy arrays are computed on their GPU, the current one, and on the current stream. Nothing waits
+    there: a call returns when its kernels are queued, running statistics are updated by them, and
+    `num_threads` has no meaning. Sums are formed in another order than on the CPU, as fixed: it
+    follows from the shape and the strides. float32 numbers below 2**-126 count as 0 there.
+
     An empty batch gives an empty y, mean 0, invstd 1 / sqrt(eps) and no update.
 
     References
@@ -181,7 +191,7 @@ def batch_norm_train(
            [1.894, 8.   ]])
     """
     threads = threads_for_call(num_threads)
-    plain = kernels_for(x).plain_train(
+    plain = plain_kernels().plain_train(
         x,
         gamma,
         beta,
@@ -216,16 +226,29 @@ def batch_norm_train(
     given += [("mask", mask), ("out", y)]
     running = arguments.running(running_mean, running_var, x, over, given)
 
+    module = array_module(x)
     if m == 0 or over.number == 0:
-        var = np.zeros(over.shape)
-        return TrainResult(y, np.zeros(over.shape), _invstd(var, eps))
-    mean, var, invstd = np.empty(over.number), np.empty(over.number), np.empty(over.number)
+        var = module.zeros(over.shape)
+        return TrainResult(y, module.zeros(over.shape), _invstd(var, eps))
+    mean, var, invstd = (module.empty(over.number) for _ in range(3))
     walk = problem(over.axes, (x, residual), (y,), mask, fills_mask=True)
-    kernels_for(x).train(
-        walk.geometry, *walk.arrays, relu, gamma, beta, eps, mean, var, invstd, threads
-    )
-    walk.finish()
-    if running is not None:
+    call = (walk.geometry, *walk.arrays, relu, gamma, beta, eps, mean, var, invstd, threads)
+    if running is None:
+        kernels_for(x).train(*call)
+        walk.finish()
+    elif on_gpu(x):
+        # Updated by its kernels: in place, or beside where they cannot walk there.
+        beside = [arguments.vector(old) for old in running]
+        if walk.bits is not None:  # to be brought into order below, for which memory may be short
+            beside = [values.copy() for values in beside]
+        kernels_for(x).train(*call, *beside, momentum)
+        walk.finish()
+        for old, new in zip(running, beside, strict=True):
+            if not overlap(old, new):
+                old[...] = new.reshape(over.shape)
+    else:
+        kernels_for(x).train(*call)
+        walk.finish()
         update_running(running, momentum, mean.reshape(over.shape), var.reshape(over.shape), m)
     return TrainResult(y, mean.reshape(over.shape), invstd.reshape(over.shape))
 
@@ -256,7 +279,8 @@ def batch_norm_infer(
     x, gamma, beta, eps, axis, residual, activation, mask, num_threads
         As for `batch_norm_train`.
     mean, var : array of float32 or float64, shape (C,)
-        Population statistics; no variance may be negative.
+        Population statistics; no variance may be negative. One on a GPU is not looked at, which
+        would wait for it: where var + eps is negative, y is NaN.
     out : array, shape and dtype of x, optional
         Where y goes, any strides; x itself or residual itself is allowed.
 
@@ -272,7 +296,9 @@ def batch_norm_infer(
     ValueError
         If a shape, range or axis does not fit, a variance is negative, there is a mask without an
         activation, or an array that is written is read-only or overlaps another without being x
-        or residual.
+        or residual; or as `batch_norm_train` about GPUs.
+    ImportError, RuntimeError
+        As `batch_norm_train`.
 
     Notes
     -----
@@ -302,7 +328,7 @@ def batch_norm_infer(
            [1., 2.]])
     """
     threads = threads_for_call(num_threads)
-    plain: NDArray[Any] | None = kernels_for(x).plain_infer(
+    plain: NDArray[Any] | None = plain_kernels().plain_infer(
         x, mean, var, gamma, beta, eps, axis, residual, activation, mask, out, threads
     )
     if plain is not None:
@@ -395,7 +421,9 @@ def batch_norm_backward(
     ValueError
         If a shape or axis does not fit, there is a mask without an activation, or no mask for the
         gradient of a residual before ReLU, or an array that is written is read-only or overlaps
-        another without being dy.
+        another without being dy; or as `batch_norm_train` about GPUs.
+    ImportError, RuntimeError
+        As `batch_norm_train`.
 
     Notes
     -----
@@ -434,7 +462,7 @@ def batch_norm_backward(
            [3.]])
     """
     threads = threads_for_call(num_threads)
-    plain = kernels_for(x).plain_backward(
+    plain = plain_kernels().plain_backward(
         dy, x, mean, invstd, gamma, beta, axis, residual, activation, mask, out, threads
     )
     if plain is not None:
@@ -503,11 +531,14 @@ def batch_norm_infer_backward(
     ValueError
         If a shape, range or axis does not fit, a variance is negative, there is a mask without an
         activation, or no mask for the gradient of a residual before ReLU, or an array that is
-        written is read-only or overlaps another without being dy.
+        written is read-only or overlaps another without being dy; or as `batch_norm_train` about
+        GPUs.
+    ImportError, RuntimeError
+        As `batch_norm_train`.
 
     Notes
     -----
-    As in `batch_norm_backward`.
+    As in `batch_norm_backward`; a variance on a GPU is not looked at.
 
     References
     ----------
@@ -522,7 +553,7 @@ def batch_norm_infer_backward(
            [1. ]]), dgamma=array([2.]), dbeta=array([3.]), dresidual=None)
     """
     threads = threads_for_call(num_threads)
-    plain = kernels_for(x).plain_infer_backward(
+    plain = plain_kernels().plain_infer_backward(
         dy, x, mean, var, gamma, beta, eps, axis, residual, activation, mask, out, threads
     )
     if plain is not None:
@@ -562,7 +593,9 @@ def batch_moments(
     TypeError
         If x is not an array of float32, float64, float16 or bfloat16.
     ValueError
-        If the axis does not fit.
+        If the axis does not fit, or x is on a GPU that is not the current one.
+    ImportError, RuntimeError
+        As `batch_norm_train`.
 
     Notes
     -----
@@ -581,13 +614,13 @@ def batch_moments(
     (2, array([2., 5.]), array([2., 0.]))
     """
     threads = threads_for_call(num_threads)
-    plain = kernels_for(x).plain_moments(x, axis, threads)
+    plain = plain_kernels().plain_moments(x, axis, threads)
     if plain is not None:
         return Moments(*plain)
 
     x = arguments.data("x", x)
     over = arguments.channels(x, axis)
-    mean, m2 = np.zeros(over.number), np.zeros(over.number)
+    mean, m2 = _new_vectors(x, over, arguments.FLOAT64)
     if x.size:
         walk = problem(over.axes, (x,))
         kernels_for(x).moments(walk.geometry, walk.arrays[0], mean, m2, threads)
@@ -617,8 +650,18 @@ def _dresidual_of_kernels(
     if dresidual is None or relu:
         return dresidual
     if dresidual is not dy:
-        np.copyto(dresidual, dy)
+        to, source = as_stored((dresidual, dy))
+        to[...] = source  # type: ignore[index]  # neither is None
     return None
+
+
+def _new_vectors(
+    x: NDArray[Any], over: arguments.Channels, dtype: np.dtype[Any]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    # Two sums of each channel: 0 without a value, else what kernels will fill.
+    module = array_module(x)
+    new = module.empty if x.size else module.zeros
+    return new(over.number, dtype), new(over.number, dtype)
 
 
 def _backward(
@@ -641,7 +684,9 @@ def _backward(
     dresidual = arguments.residual_gradient(residual, x, dy, dx, relu, mask, read)
 
     dz = _dresidual_of_kernels(dresidual, dy, relu)
-    dgamma, dbeta = np.zeros(over.number), np.zeros(over.number)
+    # The kernels of a GPU round what they return themselves: a cast would be one more launch.
+    dtype = arguments.parameter_dtype(x) if on_gpu(x) else arguments.FLOAT64
+    dgamma, dbeta = _new_vectors(x, over, dtype)
     if x.size:
         walk = problem(over.axes, (x, dy), (dx, dz), mask)
         kernel(walk.geometry, *walk.arrays, relu, *parameters, dgamma, dbeta, threads)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from bncpu import arguments, functional
-from bncpu.backends import as_numpy
+from bncpu.backends import array_module, as_array, module_on, on_gpu, to_numpy
 from bncpu.memory import overlap
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ class BatchNorm:
     dtype : dtype, default float32
         Of parameters and running statistics: float64 for inputs of float64, or float32 for inputs
         of float32, float16 or bfloat16.
+    device : "cpu" or "cuda", default "cpu"
+        Where parameters and statistics are, and so the input must be: NumPy arrays, or CuPy arrays
+        on the GPU that is current now.
 
     Attributes
     ----------
@@ -72,6 +75,8 @@ class BatchNorm:
     ------
     TypeError, ValueError
         If an argument is of the wrong kind or out of range.
+    ImportError, RuntimeError
+        If the device is "cuda" and CuPy is not installed, or finds no GPU.
 
     References
     ----------
@@ -107,6 +112,7 @@ class BatchNorm:
         axis: int | tuple[int, ...] = 1,
         activation: Literal["relu"] | None = None,
         dtype: DTypeLike = np.float32,
+        device: Literal["cpu", "cuda"] = "cpu",
     ) -> None:
         self.shape = _shape(num_features, axis)
         self.eps = arguments.epsilon(eps)
@@ -117,17 +123,19 @@ class BatchNorm:
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise TypeError(f"dtype: expected float32 or float64; got {self.dtype}")
-        self.gamma = np.ones(self.shape, self.dtype) if affine else None
-        self.beta = np.zeros(self.shape, self.dtype) if affine else None
+        ones, zeros, empty = (getattr(module_on(device), f) for f in ("ones", "zeros", "empty"))
+        self.device = device
+        self.gamma = ones(self.shape, self.dtype) if affine else None
+        self.beta = zeros(self.shape, self.dtype) if affine else None
         self.dgamma: NDArray[Any] | None = None
         self.dbeta: NDArray[Any] | None = None
         self.dresidual: NDArray[Any] | None = None
-        self.running_mean = np.zeros(self.shape, self.dtype) if track_running_stats else None
-        self.running_var = np.ones(self.shape, self.dtype) if track_running_stats else None
+        self.running_mean = zeros(self.shape, self.dtype) if track_running_stats else None
+        self.running_var = ones(self.shape, self.dtype) if track_running_stats else None
         self.num_batches_tracked = 0
         self.training = True
         self._last: _Forward | None = None
-        self._mask = np.empty(0, np.uint8)  # kept from batch to batch of one size
+        self._mask: NDArray[np.uint8] = empty(0, np.uint8)  # kept from batch to batch of one size
 
     def __call__(self, x: Any, *, residual: Any = None, out: Any = None) -> NDArray[Any]:
         """Return `forward` of x."""
@@ -188,7 +196,7 @@ class BatchNorm:
             mean, var = self.running_mean, self.running_var
             y = functional.batch_norm_infer(x, mean, var, self.gamma, self.beta, **how)
             # In place there is no x left to differentiate at.
-            in_place = out is not None and overlap(as_numpy("out", out), as_numpy("x", x))
+            in_place = out is not None and overlap(y, as_array("x", x))
             self._last = None if in_place else _Forward(x, (mean, var), False, with_residual, mask)
             return y
         update = self.training and self.running_mean is not None
@@ -261,8 +269,8 @@ class BatchNorm:
         return functional.batch_norm_backward(dy, x, mean, invstd, self.gamma, self.beta, **how)
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Return copies of parameters and statistics under PyTorch's names."""
-        return {name: array.copy() for name, array in self._state().items()}
+        """Return NumPy copies of parameters and statistics under PyTorch's names."""
+        return {name: np.array(to_numpy(array)) for name, array in self._state().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over parameters and statistics, PyTorch's names; nothing changes if one is wrong.
@@ -271,7 +279,7 @@ class BatchNorm:
         ----------
         state : mapping of names to arrays
             weight, bias (with affine), running_mean, running_var, num_batches_tracked (with
-            track_running_stats), in any real dtype of NumPy.
+            track_running_stats), in any real dtype of NumPy; on the CPU or a GPU.
 
         Raises
         ------
@@ -286,7 +294,7 @@ class BatchNorm:
             raise ValueError(f"state: missing {missing}, unknown {unknown}")
         new = {}
         for name, array in own.items():
-            value = as_numpy(name, state[name])
+            value = to_numpy(as_array(name, state[name]))
             if value.shape != array.shape:
                 raise ValueError(f"{name}: expected shape {array.shape}; got {value.shape}")
             if value.dtype.kind not in "iuf":
@@ -298,11 +306,17 @@ class BatchNorm:
             new[name] = value
         self.num_batches_tracked = int(new.pop("num_batches_tracked", 0))
         for name, value in new.items():
-            own[name][...] = value
+            own[name][...] = array_module(own[name]).asarray(value)
 
     def _check(self, x: Any) -> None:
         # The functions would blame gamma or the running statistics, which nobody passed.
         array = arguments.data("x", x)
+        if on_gpu(array) != (self.device == "cuda"):
+            kind, device = ("CuPy", "cuda") if on_gpu(array) else ("NumPy", "cpu")
+            raise TypeError(
+                f"x: expected an array on the layer's device, {self.device}; got a {kind} array; "
+                f'make the layer with device="{device}"'
+            )
         dtype = arguments.parameter_dtype(array)
         if dtype != self.dtype:
             expected = "float64" if self.dtype == np.float64 else "float32, float16 or bfloat16"
@@ -318,9 +332,9 @@ class BatchNorm:
             )
 
     def _mask_for(self, x: Any) -> NDArray[np.uint8]:
-        size = (as_numpy("x", x).size + 7) // 8
+        size = (as_array("x", x).size + 7) // 8
         if self._mask.size != size:
-            self._mask = np.empty(size, np.uint8)
+            self._mask = array_module(self._mask).empty(size, np.uint8)
         return self._mask
 
     def _state(self) -> dict[str, NDArray[Any]]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from bncpu.backends import array_module, on_gpu
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -60,6 +62,8 @@ class Moments(NamedTuple):
 
         Raises
         ------
+        TypeError
+            If some are on a GPU and others are not.
         ValueError
             If the parts do not have the same channels.
         """
@@ -90,6 +94,11 @@ class Moments(NamedTuple):
 
 
 def _pair(a: Moments, b: Moments) -> Moments:
+    if on_gpu(a.mean) != on_gpu(b.mean):
+        raise TypeError(
+            "merge: expected moments of one kind of array; got some of NumPy and some of CuPy; "
+            "move these with Moments(count, mean.get(), m2.get())"
+        )
     if a.mean.shape != b.mean.shape:
         raise ValueError(
             f"merge: expected moments of the same channels; got {a.mean.shape} and {b.mean.shape}"
@@ -102,8 +111,9 @@ def _pair(a: Moments, b: Moments) -> Moments:
     # Infinite means subtract to NaN, as IEEE arithmetic has it; no warning is owed.
     with np.errstate(invalid="ignore", over="ignore"):
         delta = b.mean - a.mean
-        mean = np.where(
-            np.isfinite(delta),
+        module = array_module(delta)
+        mean = module.where(
+            module.isfinite(delta),
             a.mean + delta * (b.count / count),
             a.mean * (a.count / count) + b.mean * (b.count / count),
         )

@@ -12,13 +12,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bncpu.backends import as_stored
+from bncpu.backends import array_module, as_stored, on_gpu
 from bncpu.layout import Geometry, geometry, memory_order
+from bncpu.memory import aligned
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
+
+# cupy.packbits counts bits in 32 bits. A multiple of 8.
+_BITS_AT_ONCE = 1 << 30
 
 
 class Problem(NamedTuple):
@@ -37,7 +43,7 @@ class Problem(NamedTuple):
     def finish(self) -> None:
         """Bring to the user's arrays what was computed beside them."""
         for array, beside in self.results:
-            np.copyto(array, beside)
+            array[...] = beside
         if self.bits is not None:
             mask, beside, shape, walked, order = self.bits
             mask[...] = _reordered(beside, shape, walked, order)
@@ -81,7 +87,8 @@ def problem(
     x = arrays[0]
     walk = _walk(axes, arrays)
     results: tuple[tuple[Array, Array], ...] = ()
-    if walk is None or not walk.complete or not all(array.flags.aligned for array in arrays):
+    # On a GPU nothing misaligned has come this far.
+    if walk is None or not walk.complete or not (on_gpu(x) or all(map(aligned, arrays))):
         first_written = sum(array is not None for array in read)
         walk, arrays, results = _beside(axes, walk, arrays, first_written)
         walkable = iter(arrays)
@@ -95,14 +102,19 @@ def problem(
         return Problem(walk, (*given, mask), results)
     if not fills_mask:
         return Problem(walk, (*given, _reordered(mask, x.shape, order, walked)), results)
-    beside = np.empty_like(mask)
+    beside = array_module(mask).empty_like(mask)
     bits = _Bits(mask, beside, x.shape, walked, order)
     return Problem(walk, (*given, beside), results, bits)
 
 
 def _walk(axes: tuple[int, ...], arrays: list[Array]) -> Geometry | None:
     x = arrays[0]
-    return geometry(x.shape, axes, x.itemsize, tuple([array.strides for array in arrays]))
+    walk = geometry(x.shape, axes, x.itemsize, tuple([array.strides for array in arrays]))
+    if walk is None or not on_gpu(x):
+        return walk
+    # The kernels of a GPU step from row to row, not from plane to plane.
+    planes = [place.planes for place in walk.places if place is not None]
+    return None if planes[0] is not None else walk
 
 
 def _beside(
@@ -110,19 +122,19 @@ def _beside(
 ) -> tuple[Geometry, list[Array], tuple[tuple[Array, Array], ...]]:
     # Copies of what has no place in the walk; the walk, all arrays, and the results among them.
     x, results = arrays[0], []
-    if walk is None or not x.flags.aligned:
+    if walk is None or not aligned(x):
         arrays[0] = x = _walkable(axes, x)
         walk = _walk(axes, arrays)
         assert walk is not None, "a copy of x has a walk"
     for i, array in enumerate(arrays):
-        if walk.places[i] is not None and array.flags.aligned:
+        if walk.places[i] is not None and aligned(array):
             continue
-        beside = np.empty([x.shape[a] for a in walk.order], x.dtype)
-        arrays[i] = beside = beside.transpose(np.argsort(walk.order))
+        memory: Array = array_module(x).empty(tuple([x.shape[a] for a in walk.order]), x.dtype)
+        arrays[i] = beside = memory.transpose(_inverse(walk.order))
         if i >= first_written:
             results.append((array, beside))
         else:
-            np.copyto(beside, array)
+            beside[...] = array
     walk = _walk(axes, arrays)
     assert walk is not None, "what is contiguous in the walk's order has a place"
     return walk, arrays, tuple(results)
@@ -134,7 +146,12 @@ def _walkable(axes: tuple[int, ...], x: Array) -> Array:
         return copy
     # Channel axes that are not neighbours in memory: put them last, in the order given.
     order = [a for a in range(x.ndim) if a not in axes] + list(axes)
-    return np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))
+    last: Array = array_module(x).ascontiguousarray(x.transpose(order))
+    return last.transpose(_inverse(order))
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return [int(a) for a in np.argsort(order)]
 
 
 def _reordered(
@@ -142,5 +159,12 @@ def _reordered(
 ) -> Array:
     # The bits of elements of that shape, in another order of its axes of more than one element.
     sizes = [shape[a] for a in before]
-    bits = np.unpackbits(mask, count=prod(sizes), bitorder="little").reshape(sizes)
-    return np.packbits(bits.transpose([before.index(a) for a in after]).ravel(), bitorder="little")
+    module = array_module(mask)
+    bits = module.unpackbits(mask, bitorder="little")[: prod(sizes)].reshape(sizes)
+    moved = bits.transpose([before.index(a) for a in after]).ravel()
+    packed = [
+        module.packbits(moved[first : first + _BITS_AT_ONCE], bitorder="little")
+        for first in range(0, moved.size, _BITS_AT_ONCE)
+    ]
+    together: Array = module.concatenate(packed) if len(packed) > 1 else packed[0]
+    return together

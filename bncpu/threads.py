@@ -15,6 +15,7 @@ from typing import NamedTuple, SupportsIndex
 import numpy as np
 
 from bncpu import cpu
+from bncpu.backends import gpus
 
 # OpenMP ends the process if it cannot start the threads it was asked for; no machine has these many
 # cores to itself.
@@ -126,6 +127,7 @@ def config() -> dict[str, object]:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "cupy": metadata.version(cupy[0]) if cupy else "absent",
+        "gpu": gpus(),
         "machine": f"{platform.machine()} {platform.system()}",
         "levels compiled": cpu.compiled_levels(),
         "levels runnable": cpu.runnable_levels(),

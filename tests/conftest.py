@@ -2,12 +2,15 @@
 
 import os
 import secrets
+import sys
 import zlib
 
+import cupy_standin
 import numpy as np
 import pytest
 from hypothesis import settings
 
+import bncpu.backends
 import bncpu.cpu
 
 # The seed is fresh at every run, so that the suite sees more than one sample of the world;
@@ -58,3 +61,16 @@ def default_threads():
     bncpu.set_num_threads(None)
     yield
     bncpu.set_num_threads(None)
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """Put a stand-in in the place of CuPy, whether or not that is installed."""
+    monkeypatch.setitem(sys.modules, "cupy", cupy_standin)
+    monkeypatch.delitem(sys.modules, "bncpu.cuda.kernels", raising=False)
+    cupy_standin.reset()
+    bncpu.backends._cuda_kernels.cache_clear()
+    bncpu.backends._check_capability.cache_clear()
+    yield cupy_standin
+    bncpu.backends._cuda_kernels.cache_clear()
+    bncpu.backends._check_capability.cache_clear()

@@ -79,7 +79,7 @@ def problem(rng, shape, dtype, axis=1, layout="c"):
     return Problem(dy, x, residual, mean, var, *parameters(rng, channels, dtype), axis)
 
 
-def run(form, p, *, out=lambda: None, mask=new_mask, train=True, **options):
+def run(form, p, *, out=lambda: None, mask=new_mask, place=np.asarray, train=True, **options):
     """Return all that the four functions and the moments compute in a form, by name.
 
     Parameters
@@ -88,6 +88,8 @@ def run(form, p, *, out=lambda: None, mask=new_mask, train=True, **options):
         A function that returns memory for one result of x's shape, or None for new memory.
     mask
         A function of x that returns memory for its mask.
+    place
+        A function that puts a NumPy array where those of the problem are.
     train
         Whether x has the values per channel to train on.
     """
@@ -116,7 +118,7 @@ def run(form, p, *, out=lambda: None, mask=new_mask, train=True, **options):
     if not train:
         return got
 
-    running_mean, running_var = np.zeros(p.mean.shape), np.ones(p.mean.shape)
+    running_mean, running_var = place(np.zeros(p.mean.shape)), place(np.ones(p.mean.shape))
     trained = bncpu.batch_norm_train(
         *(p.x, *inputs),
         running_mean=running_mean,

@@ -76,6 +76,7 @@ def test_bench_hands_over_its_arguments(monkeypatch, tmp_path):
     options = ["--quick", "--threads", 2, "--dtype", "float16", "--json", file, "--plot", picture]
     options += ["--shape", "8,3", "--shape", "2,3,4,5", "--layout", "nhwc", "--in-cache"]
     options += ["--op", "train,infer", "--op", "moments", "--against", "torch,numpy"]
+    options += ["--device", "cpu"]
     assert run("bench", *options, "--level", bncpu.cpu.level) == 0
     assert run("bench", "--against", "none") == 0
     default = {
@@ -85,6 +86,7 @@ def test_bench_hands_over_its_arguments(monkeypatch, tmp_path):
         "layout": "nchw",
         "num_threads": None,
         "level": None,
+        "device": "cpu",
         "against": None,
         "quick": False,
         "in_cache": False,
@@ -98,6 +100,7 @@ def test_bench_hands_over_its_arguments(monkeypatch, tmp_path):
         "layout": "nhwc",
         "num_threads": 2,
         "level": bncpu.cpu.level,
+        "device": "cpu",
         "against": ["torch", "numpy"],
         "quick": True,
         "in_cache": True,
@@ -196,7 +199,7 @@ def test_help(capsys, command):
         (["bench", "--op", "train,fly"], "argument --op: expected names out of train, train_relu,"),
         (
             ["bench", "--against", "tensor"],
-            "expected names out of numpy, torch, jax or none; got 'te",
+            "expected names out of numpy, torch, jax, cupy or none; got 'te",
         ),
         (["bench", "--against", "numpy,none"], "got 'none'"),
         (["bench", "--threads", "2000"], "num_threads: expected 1 to 1024; got 2000"),

@@ -463,10 +463,10 @@ def test_fit_refuses_before_any_step(rng, options, message):
         ({"epochs": 1, "seed": "3"}, "seed: expected an integer; got '3'"),
         ({"epochs": 1, "start": None}, "start: expected an integer; got None"),
         ({"epochs": 1, "every": 0.5}, r"every: expected an integer; got 0\.5"),
-        ({"epochs": 1, "x": [[1.0]]}, "x: expected a NumPy array; got list"),
-        ({"epochs": 1, "y": 3}, "y: expected a NumPy array; got int"),
+        ({"epochs": 1, "x": [[1.0]]}, "x: expected a NumPy or CuPy array; got list"),
+        ({"epochs": 1, "y": 3}, "y: expected a NumPy or CuPy array; got int"),
         ({"epochs": 1, "test": 3}, "test: expected two arrays, x and y; got int"),
-        ({"epochs": 1, "test": (3, 4)}, r"test\[0\]: expected a NumPy array; got int"),
+        ({"epochs": 1, "test": (3, 4)}, r"test\[0\]: expected a NumPy or CuPy array; got int"),
     ],
 )
 def test_fit_refuses_other_kinds_before_any_step(rng, options, message):

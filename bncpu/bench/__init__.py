@@ -7,6 +7,7 @@ operations.py   operations, shapes, and the arrays they run on
 measure.py      contenders in turn, medians             rows.py     what was measured, by operation
 contenders.py   bncpu and the streaming kernels
 peers.py        the peers by name: textbook.py (NumPy), pytorch.py, xla.py (JAX)
+gpu.py          clock, copy and facts of a GPU
 report.py       machine, table, JSON        figure.py   bars        options.py   the command line
 
 Importing it imports no peer and no plotting.
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from bncpu import cpu
 from bncpu.atomic import atomic_write
+from bncpu.backends import module_on
 from bncpu.bench import figure, peers, report
 from bncpu.bench.operations import BATCH, OPERATIONS, QUICK, RESNET50, Problem, check_shape
 from bncpu.bench.rows import Part, Row, measure_part
@@ -49,6 +51,7 @@ def run(
     layout: str = "nchw",
     num_threads: int | None = None,
     level: str | None = None,
+    device: str = "cpu",
     against: Sequence[str] | None = None,
     quick: bool = False,
     in_cache: bool = False,
@@ -71,8 +74,10 @@ def run(
         Threads of all contenders; otherwise what get_num_threads says.
     level : str, optional
         Instruction level of the kernels; otherwise the one in use.
+    device : {"cpu", "cuda"}
+        Where the arrays are: NumPy's or CuPy's.
     against : sequence of str, optional
-        Peers out of PEERS; those that are installed if not given.
+        Peers out of those of the device; those that are installed if not given.
     quick : bool, default False
         Four shapes instead of nine, a second each.
     in_cache : bool, default False
@@ -89,23 +94,35 @@ def run(
     Raises
     ------
     ImportError
-        If the dtype or the plot needs a package that is not installed.
+        If the dtype, the device or the plot needs a package that is not installed.
+    NoGPUError
+        If the device is "cuda" and there is none.
     OSError
         If a file cannot be written; before anything is measured.
     ValueError
-        If the operations cannot be measured on a shape; likewise.
+        If the operations cannot be measured on a shape, a peer is none of the device, or threads
+        or a level of the processor are asked of a GPU; likewise.
     """
+    module_on(device)
+    if device == "cuda" and (num_threads, level) != (None, None):
+        raise ValueError("--threads, --level: are of the processor; leave them out on a GPU")
+    known_peers = peers.known(device)
+    for name in against or ():
+        if name not in known_peers:
+            raise ValueError(
+                f"--against: expected names out of {', '.join(known_peers)} on {device}; got {name}"
+            )
     threads = get_num_threads() if num_threads is None else checked(num_threads)
     chosen = [OPERATIONS[name] for name in dict.fromkeys(operations or DEFAULT_OPERATIONS)]
     if shapes is None:
         shapes = [(BATCH, *shape) for shape in (QUICK if quick else RESNET50)]
     shapes = list(dict.fromkeys(shapes))
     for shape in shapes:
-        check_shape(shape, dtype, chosen)
+        check_shape(shape, dtype, chosen, device)
     if plot_path is not None:
         figure.require()
     if against is None:
-        against = [name for name in peers.PEERS if importlib.util.find_spec(name) is not None]
+        against = [name for name in known_peers if importlib.util.find_spec(name) is not None]
     seconds = QUICK_SECONDS if quick else SECONDS
     with contextlib.ExitStack() as stack:
         if level is not None:
@@ -114,12 +131,12 @@ def run(
             None if path is None else stack.enter_context(atomic_write(path))
             for path in (json_path, plot_path)
         )
-        found = stack.enter_context(peers.using(against, threads))
-        known = report.facts(threads, found.absent) | {"dtype": dtype, "layout": layout}
+        found = stack.enter_context(peers.using(against, threads, device))
+        known = report.facts(threads, found.absent, device) | {"dtype": dtype, "layout": layout}
         print("\n".join(f"{name:<8} {value}" for name, value in known.items()), end="\n\n")
         rows = []
         for shape in with_progress(shapes):
-            problem = Problem(shape, dtype, layout, chosen, rotate=not in_cache)
+            problem = Problem(shape, dtype, layout, chosen, device=device, rotate=not in_cache)
             part = Part(problem, chosen, threads, functools.partial(found.contenders, problem))
             rows += measure_part(part, seconds * len(chosen))
             del problem, part  # before the next one's arrays are made
@@ -128,7 +145,11 @@ def run(
         if json_file is not None:
             json_file.write(report.document(known, rows))
         if plot_file is not None:
-            title = f"{known['machine']}, {cpu.level}, threads: {threads}, {dtype}, {layout}"
+            if device == "cuda":
+                where = known["gpu"]
+            else:
+                where = f"{known['machine']}, {cpu.level}, threads: {threads}"
+            title = f"{where}, {dtype}, {layout}"
             figure.bars(rows, title).savefig(plot_file, format="png")
     return rows
 

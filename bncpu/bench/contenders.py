@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bncpu import cpu
-from bncpu.bench.measure import Timed
 from bncpu.bench.operations import EPS, STREAMS
 from bncpu.functional import (
     batch_moments,
@@ -62,7 +61,14 @@ def ours(problem: Problem, operation: Operation, threads: int, *, allocate: bool
 
 
 def streams(problem: Problem, kind: str, threads: int) -> dict[str, Contender]:
-    """Return the streaming kernels of a kind: with plain and with non-temporal stores, by name."""
+    """Return the streaming kernels of a kind: with plain and with non-temporal stores, by name.
+
+    On a GPU there is one, its own copy.
+    """
+    if problem.device == "cuda":
+        from bncpu.bench import gpu
+
+        return {kind: gpu.copy(problem)}
     kernels = cpu.kernels
 
     def bind(arrays: Arrays, non_temporal: bool) -> Call:
@@ -75,7 +81,9 @@ def streams(problem: Problem, kind: str, threads: int) -> dict[str, Contender]:
 
     stores = {kind: False} if kind == "read" else {kind: False, f"{kind}, non-temporal": True}
     return {
-        name: Timed(problem.rotating([bind(arrays, non_temporal) for arrays in problem.sets]))
+        name: problem.timed(
+            problem.rotating([bind(arrays, non_temporal) for arrays in problem.sets])
+        )
         for name, non_temporal in stores.items()
     }
 

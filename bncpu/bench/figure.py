@@ -22,6 +22,7 @@ COLORS = {
     "torch, out=": "#E69F00",
     "jax": "#009E73",
     "numpy": "#CC79A7",
+    "cupy": "#CC79A7",
     "onednn nchw": "#000000",
     "onednn nhwc": "#C7B800",
     "onednn nChw16c": "#F0E442",

@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from bncpu import cpu
+from bncpu.backends import module_on
+from bncpu.bench.measure import Timed
 from bncpu.functional import batch_norm_train
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
+
+    from bncpu.bench.measure import Contender
 
     Array = NDArray[Any]
     Call = Callable[[], object]
@@ -171,6 +175,8 @@ class Problem:
         Where the channels lie in memory: before the pixels, or last.
     operations : iterable of Operation
         What will be measured, as far as it decides which arrays are made.
+    device : {"cpu", "cuda"}
+        Where the arrays are: NumPy's or CuPy's.
     rotate : bool, default True
         False keeps to one set of arrays, so that small ones stay in the cache.
 
@@ -188,10 +194,12 @@ class Problem:
         layout: str = "nchw",
         operations: Iterable[Operation] = (),
         *,
+        device: str = "cpu",
         rotate: bool = True,
     ) -> None:
         operations = tuple(operations)
-        check_shape(shape, dtype, operations)
+        check_shape(shape, dtype, operations, device)
+        self.device, self.module = device, module_on(device)
         self.shape, self.dtype, self.layout = shape, dtype, layout
         self.last = layout == "nhwc" and len(shape) > 2
         self.axis = -1 if self.last else 1
@@ -200,23 +208,25 @@ class Problem:
         random = np.random.default_rng(0)
         kind = dtype_of(dtype)
         self.itemsize = kind.itemsize
-        x, dy = (random.standard_normal(stored, np.float32) for _ in range(2))
+        x, dy = (self._normal(random, stored, kind) for _ in range(2))
         self.parameters = np.dtype(np.float64 if dtype == "float64" else np.float32)
         self.gamma, self.beta = (
-            random.standard_normal(shape[1], np.float32).astype(self.parameters) for _ in range(2)
+            self._normal(random, (shape[1],), self.parameters) for _ in range(2)
         )
         if self.size > shape[1]:
             _, self.mean, self.invstd = batch_norm_train(x, eps=EPS, axis=self.axis)
         else:  # inference and moments of one value per channel
-            self.mean, self.invstd = np.zeros(shape[1]), np.ones(shape[1])
+            self.mean, self.invstd = self.module.zeros(shape[1]), self.module.ones(shape[1])
         self.var = np.maximum(1 / self.invstd**2 - EPS, 0.0)
-        x, dy = x.astype(kind), dy.astype(kind)
         dresidual = any(op.add and op.backward for op in operations)
         mask = any(op.mask for op in operations)
 
         def written() -> Array:
             # Filled, so that its pages are there before the clock runs. Not by zeros(): its pages
             # would not be those that NumPy asks for in empty().
+            if self.device == "cuda":
+                zeros: Array = self.module.zeros(x.shape, kind)
+                return zeros
             array = np.empty_like(x)
             array.fill(0)
             return array
@@ -227,9 +237,11 @@ class Problem:
                 dy.copy(),
                 written(),
                 written() if dresidual else None,
-                random.integers(0, 256, (self.size + 7) // 8, np.uint8) if mask else None,
+                self.module.asarray(random.integers(0, 256, (self.size + 7) // 8, np.uint8))
+                if mask
+                else None,
             )
-            for _ in range(_sets(x.nbytes) if rotate else 1)
+            for _ in range(_sets(x.nbytes, self.cache) if rotate else 1)
         ]
         self._turn = 0
 
@@ -246,14 +258,42 @@ class Problem:
 
         return call
 
+    def timed(self, call: Call) -> Contender:
+        """Return a call as a contender, by the clock of the device."""
+        clock: Any = Timed if self.device == "cpu" else _gpu().Timed
+        contender: Contender = clock(call)
+        return contender
+
+    def stream(self, operation: Operation) -> str:
+        """Return the kind of streaming kernel that an operation is measured against."""
+        return operation.stream if self.device == "cpu" else "copy"
+
+    @property
+    def level(self) -> str:
+        """Return what the kernels are compiled for."""
+        return cpu.level if self.device == "cpu" else str(_gpu().level())
+
+    @property
+    def cache(self) -> int:
+        """Return the bytes of the last cache before memory."""
+        return cpu.cache_sizes().l3 if self.device == "cpu" else int(_gpu().cache_bytes())
+
+    def _normal(self, random: np.random.Generator, shape: Shape, kind: np.dtype[Any]) -> Array:
+        if self.device == "cpu":
+            return random.standard_normal(shape, np.float32).astype(kind)
+        numbers: Array = _gpu().normal(random, shape, kind)
+        return numbers
+
     @property
     def from_memory(self) -> bool:
         """Tell whether rotation is long enough for every array to come from memory."""
         array = self.size * self.itemsize
-        return len(self.sets) * array >= CACHES_TO_FILL * cpu.cache_sizes().l3
+        return len(self.sets) * array >= CACHES_TO_FILL * self.cache
 
 
-def check_shape(shape: Shape, dtype: str, operations: Iterable[Operation]) -> None:
+def check_shape(
+    shape: Shape, dtype: str, operations: Iterable[Operation], device: str = "cpu"
+) -> None:
     """Raise ValueError for a shape on which the operations cannot be measured."""
     trains = any(operation.function in ("train", "backward") for operation in operations)
     if trains and math.prod(shape) == shape[1]:
@@ -262,11 +302,12 @@ def check_shape(shape: Shape, dtype: str, operations: Iterable[Operation]) -> No
             "take a larger one, or measure infer"
         )
     # x, dy, out, dresidual, and as many for the results of a peer.
-    needed, there = 6 * math.prod(shape) * dtype_of(dtype).itemsize, _machine_memory()
+    needed = 6 * math.prod(shape) * dtype_of(dtype).itemsize
+    there = _machine_memory() if device == "cpu" else float(_gpu().free_memory())
     if needed > MEMORY_SHARE * there:
         raise ValueError(
-            f"shape {shape}: needs {needed / 1e9:.1f} GB for its arrays, of this machine's "
-            f"{there / 1e9:.1f} GB; take a smaller one"
+            f"shape {shape}: needs {needed / 1e9:.1f} GB for its arrays, of this "
+            f"{'machine' if device == 'cpu' else 'GPU'}'s {there / 1e9:.1f} GB; take a smaller one"
         )
 
 
@@ -278,7 +319,12 @@ def _machine_memory() -> float:
         return math.inf
 
 
-def _sets(array: int) -> int:
+def _gpu() -> Any:
+    # Imports CuPy, which is absent where no GPU is asked for.
+    return importlib.import_module("bncpu.bench.gpu")
+
+
+def _sets(array: int, cache: int) -> int:
     """Return over how many sets to rotate arrays of so many bytes."""
-    fill = math.ceil(CACHES_TO_FILL * cpu.cache_sizes().l3 / array)
+    fill = math.ceil(CACHES_TO_FILL * cache / array)
     return max(1, min(fill, MOST_MEMORY // (3 * array), MOST_SETS))

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bncpu import cpu
+from bncpu.backends import DEVICES
 from bncpu.bench.operations import DTYPES, LAYOUTS, OPERATIONS
-from bncpu.bench.peers import PEERS
+from bncpu.bench.peers import GPU_PEERS, PEERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,6 +19,7 @@ EXAMPLES = """\
   bncpu bench --quick
   bncpu bench --shape 32,64,56,56 --shape 128,1000 --op train,backward
   bncpu bench --op train_add_relu --dtype bfloat16 --layout nhwc --against torch
+  bncpu bench --device cuda --dtype float16 --layout nhwc
   bncpu bench --threads 4 --dtype float64 --json speed.json --plot speed.png
 """
 
@@ -52,9 +54,13 @@ def add_arguments(sub: argparse.ArgumentParser, positive: Callable[[str], int]) 
         "--against",
         type=names,
         metavar="NAME,...",
-        help=f"peers out of {', '.join(PEERS)}, or none (default: those that are installed)",
+        help=f"peers out of {', '.join(PEERS)} (on a GPU: {', '.join(GPU_PEERS)}), or none "
+        "(default: those that are installed)",
     )
     how = sub.add_argument_group("how")
+    how.add_argument(
+        "--device", choices=DEVICES, default="cpu", help="NumPy or CuPy arrays (default: cpu)"
+    )
     how.add_argument("--quick", action="store_true", help="four shapes, a second an operation")
     how.add_argument(
         "--threads", type=positive, metavar="N", help="of all (default: as `bncpu info` says)"
@@ -96,7 +102,7 @@ def operations(text: str) -> list[str]:
 
 def names(text: str) -> list[str]:
     """Read names of peers, or none."""
-    return [] if text == "none" else _listed(text, tuple(PEERS), " or none")
+    return [] if text == "none" else _listed(text, tuple(PEERS | GPU_PEERS), " or none")
 
 
 def _listed(text: str, known: tuple[str, ...], otherwise: str = "") -> list[str]:

@@ -32,6 +32,16 @@ PEERS = {
     "jax": Peer("JAX", "bncpu.bench.xla", "jax"),
 }
 
+GPU_PEERS = {
+    "cupy": Peer("CuPy", "bncpu.bench.textbook", "cupy-cuda13x"),
+    "torch": PEERS["torch"],
+}
+
+
+def known(device: str) -> dict[str, Peer]:
+    """Return the peers on a device, by name."""
+    return PEERS if device == "cpu" else GPU_PEERS
+
 
 class Found(NamedTuple):
     """The peers that can be measured, as modules by name, and why others cannot."""
@@ -49,25 +59,29 @@ class Found(NamedTuple):
 
 
 @contextlib.contextmanager
-def using(names: Iterable[str], threads: int) -> Iterator[Found]:
+def using(names: Iterable[str], threads: int, device: str = "cpu") -> Iterator[Found]:
     """Import peers and set their threads inside a with statement.
 
     Parameters
     ----------
     names : iterable of str
-        Out of PEERS.
+        Out of those that are known on the device.
     threads : int
         As many as bncpu uses.
+    device : {"cpu", "cuda"}
+        Where the arrays are.
     """
     found = Found({}, {})
     with contextlib.ExitStack() as stack:
         for name in names:
             try:
-                module = importlib.import_module(PEERS[name].module)
+                module = importlib.import_module(known(device)[name].module)
+                if device == "cuda" and hasattr(module, "check_gpu"):
+                    module.check_gpu()
                 if hasattr(module, "threads"):
                     stack.enter_context(module.threads(threads))
             except ImportError:
-                found.absent[name] = f"not installed; pip install {PEERS[name].install}"
+                found.absent[name] = f"not installed; pip install {known(device)[name].install}"
             except ValueError as error:
                 found.absent[name] = f"skipped: {error}"
             else:

@@ -10,7 +10,8 @@ import importlib
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bncpu.bench.measure import Timed
+import numpy as np
+
 from bncpu.bench.operations import EPS
 
 if TYPE_CHECKING:
@@ -33,17 +34,28 @@ def threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def check_gpu() -> None:
+    """Raise ValueError if this PyTorch computes on no GPU."""
+    if not torch.cuda.is_available():
+        raise ValueError("its build or this machine has no CUDA")
+
+
 def tensor(array: Array, *, last: bool = False) -> Any:
     """Return a tensor on the array's memory; (N, ..., C) becomes (N, C, ...) with its strides."""
-    if array.dtype.name == "bfloat16":
-        seen = torch.from_numpy(array.view("int16")).view(torch.bfloat16)
-    else:
-        seen = torch.from_numpy(array)
+    half = array.dtype.name == "bfloat16"
+    stored = array.view("int16") if half else array
+    seen = torch.from_numpy(stored) if isinstance(array, np.ndarray) else torch.from_dlpack(stored)
+    if half:
+        seen = seen.view(torch.bfloat16)
     return seen.movedim(-1, 1) if last else seen
 
 
 def contenders(problem: Problem, operation: Operation) -> dict[str, Contender]:
-    """Return "torch", which allocates its results, and, of the forward, "torch, out="."""
+    """Return "torch", which allocates its results, and, of the forward, "torch, out=".
+
+    On a GPU the gradient is that of `torch.autograd`, which chooses between cuDNN and PyTorch's own
+    kernels as the forward did, and there is no "out=".
+    """
     vectors = (problem.gamma, problem.beta, problem.mean, problem.var, problem.invstd)
     weight, bias, mean, var, invstd = (tensor(v.astype(problem.parameters)) for v in vectors)
     trains = operation.function in ("train", "backward")
@@ -75,17 +87,32 @@ def contenders(problem: Problem, operation: Operation) -> dict[str, Contender]:
             dy, x, weight, *running, *saved, trains, EPS, [True] * 3
         )
 
+    def recorded(x: Any, dy: Any) -> Callable[[], object]:
+        inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        if operation.add:
+            inputs.append(dy.clone().requires_grad_())
+        with torch.enable_grad():
+            function = torch.nn.functional.batch_norm
+            y = function(inputs[0], *running, *inputs[1:3], training=trains, eps=EPS)
+            y = y + inputs[3] if operation.add else y
+            y = torch.nn.functional.relu(y) if operation.relu else y
+        return partial(torch.autograd.grad, y, inputs, dy, retain_graph=True)
+
+    sets = [[tensor(a, last=problem.last) for a in arrays[:3]] for arrays in problem.sets]
+    if problem.device == "cuda" and operation.backward:
+        gradients = [recorded(x, dy) for x, dy, _ in sets]
+        return {"torch": problem.timed(problem.rotating(gradients))}
+
     found: dict[str, Callable[..., object]]
     if operation.function == "moments":
         found = {"torch": moments}
     elif operation.forward:
         found = {"torch": forward, "torch, out=": forward_out}
-        if problem.last and len(problem.shape) == 3:
+        if problem.device == "cuda" or (problem.last and len(problem.shape) == 3):
             del found["torch, out="]  # wrong values in an (N, C, L) of these strides (2.13)
     else:
         found = {"torch": backward}
-    sets = [[tensor(a, last=problem.last) for a in arrays[:3]] for arrays in problem.sets]
     return {
-        name: Timed(problem.rotating([partial(call, *tensors) for tensors in sets]))
+        name: problem.timed(problem.rotating([partial(call, *tensors) for tensors in sets]))
         for name, call in found.items()
     }

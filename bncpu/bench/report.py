@@ -33,7 +33,9 @@ against bncpu.
 _STREAMS = {"copy": "copy", "triad": "triad (a + b -> c)", "read": "read"}
 
 
-def facts(threads: int, absent: Mapping[str, str] | None = None) -> dict[str, object]:
+def facts(
+    threads: int, absent: Mapping[str, str] | None = None, device: str = "cpu"
+) -> dict[str, object]:
     """Return on what the figures are taken, by name.
 
     Parameters
@@ -42,7 +44,15 @@ def facts(threads: int, absent: Mapping[str, str] | None = None) -> dict[str, ob
         Of the run.
     absent : mapping, optional
         Why a peer is not there, by its name.
+    device : {"cpu", "cuda"}
+        Where the arrays were.
     """
+    if device == "cuda":
+        from bncpu.bench import gpu
+
+        versions = {"bncpu": bncpu.__version__, "python": platform.python_version()}
+        torch = (absent or {}).get("torch") or peers.version("torch") or "not installed"
+        return gpu.facts() | versions | {"torch": torch}
     l2, l3 = cpu.cache_sizes()
     return {
         "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}",

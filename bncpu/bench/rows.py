@@ -5,9 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, NamedTuple
 
-from bncpu import cpu
 from bncpu.bench.contenders import ours, stream_bytes, streams
-from bncpu.bench.measure import Timed, measure, ratio
+from bncpu.bench.measure import measure, ratio
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -80,15 +79,15 @@ class Part(NamedTuple):
         """Return all contenders by (operation, name); streaming kernels as ("stream", name)."""
         problem, threads = self.problem, self.threads
         found: dict[tuple[str, str], Contender] = {}
-        for kind in dict.fromkeys(operation.stream for operation in self.operations):
+        for kind in dict.fromkeys(map(problem.stream, self.operations)):
             for name, stream in streams(problem, kind, threads).items():
                 found["stream", name] = stream
         for operation in self.operations:
-            found[operation.name, "bncpu"] = Timed(ours(problem, operation, threads))
+            found[operation.name, "bncpu"] = problem.timed(ours(problem, operation, threads))
             others = self.peers(operation)
             if not all(map(writes_into_given, others)) and operation.function != "moments":
                 allocating = ours(problem, operation, threads, allocate=True)
-                found[operation.name, "bncpu, allocating"] = Timed(allocating)
+                found[operation.name, "bncpu, allocating"] = problem.timed(allocating)
             found |= {(operation.name, name): peer for name, peer in others.items()}
         return found
 
@@ -102,15 +101,15 @@ class Part(NamedTuple):
                 problem.dtype,
                 problem.layout,
                 self.threads,
-                cpu.level,
+                problem.level,
                 operation.bytes(problem.size, problem.itemsize),
-                operation.stream,
-                stream_bytes(problem, operation.stream),
+                problem.stream(operation),
+                stream_bytes(problem, problem.stream(operation)),
                 min(
                     (
                         times
                         for (of, name), times in turns.items()
-                        if of == "stream" and name.startswith(operation.stream)
+                        if of == "stream" and name.startswith(problem.stream(operation))
                     ),
                     key=statistics.median,
                 ),

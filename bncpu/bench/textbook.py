@@ -1,4 +1,4 @@
-"""The peer NumPy: batch normalisation as people write it, in x's own precision.
+"""The peers NumPy and CuPy: batch normalisation as people write it, in x's own precision.
 
 Not the reference (bncpu.reference computes in float64): what one would have without bncpu.
 """
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bncpu.bench.measure import Timed
 from bncpu.bench.operations import EPS
 
 if TYPE_CHECKING:
@@ -73,7 +72,9 @@ def infer_backward(
 
 
 def contenders(problem: Problem, operation: Operation) -> dict[str, Contender]:
-    """Return "numpy"; each call takes the next set of arrays and allocates its result."""
+    """Return "numpy" or "cupy"; each call takes the next set of arrays and allocates its result."""
+    if problem.device == "cuda" and problem.dtype == "bfloat16":
+        return {}  # CuPy stores it, and has not all of this arithmetic for it
     kind = problem.sets[0].x.dtype
     vectors = (problem.gamma, problem.beta, problem.mean, problem.var, problem.invstd)
     gamma, beta, mean, var, invstd = (vector.astype(kind) for vector in vectors)
@@ -100,4 +101,5 @@ def contenders(problem: Problem, operation: Operation) -> dict[str, Contender]:
     # Half sums of many values overflow, which is the textbook's own doing.
     quiet = np.errstate(all="ignore")(call) if kind.itemsize == 2 else call
     calls = [partial(quiet, *arrays[:3]) for arrays in problem.sets]
-    return {"numpy": Timed(problem.rotating(calls))}
+    name = "cupy" if problem.device == "cuda" else "numpy"
+    return {name: problem.timed(problem.rotating(calls))}

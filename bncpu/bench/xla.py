@@ -12,7 +12,6 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bncpu.bench.measure import Timed
 from bncpu.bench.operations import EPS
 
 if TYPE_CHECKING:
@@ -96,4 +95,4 @@ def contenders(problem: Problem, operation: Operation) -> dict[str, Contender]:
     def call(arrays: list[Any]) -> object:
         return jax.block_until_ready(compiled(*arrays, *parameters))
 
-    return {"jax": Timed(problem.rotating([partial(call, arrays) for arrays in sets]))}
+    return {"jax": problem.timed(problem.rotating([partial(call, arrays) for arrays in sets]))}

@@ -3,18 +3,20 @@
 This is not a framework: there is no automatic differentiation. Every layer writes out its own
 gradient, keeps what its backward needs from the last forward, and names its parameters as
 PyTorch's layer of the same name does. Batch normalisation itself is `bncpu.BatchNorm`, used here
-as anybody would use it. Back-propagation is that of Rumelhart, Hinton & Williams (1986).
+as anybody would use it. Arrays are NumPy's or CuPy's: NumPy's functions hand CuPy's arrays to CuPy.
+Back-propagation is that of Rumelhart, Hinton & Williams (1986).
 """
 
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from bncpu.backends import array_module, module_on, to_numpy
 from bncpu.layer import BatchNorm
 from bncpu.nn.arguments import integer, real
 
@@ -60,8 +62,8 @@ class Layer(ABC):
         return {}
 
     def state_dict(self) -> dict[str, Array]:
-        """Return copies of all arrays that make up the layer's state, by name."""
-        return {name: value.copy() for name, value in self.parameters().items()}
+        """Return NumPy copies of all arrays that make up the layer's state, by name."""
+        return {name: np.array(to_numpy(value)) for name, value in self.parameters().items()}
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Take over the arrays of `state`; on an error nothing has changed.
@@ -73,7 +75,7 @@ class Layer(ABC):
         """
         check_state(self.parameters(), state)
         for name, value in self.parameters().items():
-            value[...] = state[name]
+            value[...] = array_module(value).asarray(state[name])
 
 
 class Linear(Layer):
@@ -93,6 +95,8 @@ class Linear(Layer):
         keeps the variance of a standardised input; before a ReLU, sqrt(2 / in_features) does.
     dtype : dtype
         float32 or float64, the dtype of x and of the parameters.
+    device : "cpu" or "cuda"
+        Where x and the parameters are: NumPy or CuPy arrays. The weights are the same ones.
 
     Raises
     ------
@@ -113,6 +117,7 @@ class Linear(Layer):
         rng: np.random.Generator,
         std: float | None = None,
         dtype: DTypeLike = np.float32,
+        device: Literal["cpu", "cuda"] = "cpu",
     ) -> None:
         self.in_features = integer("in_features", in_features, 1)
         self.out_features = integer("out_features", out_features, 1)
@@ -128,10 +133,11 @@ class Linear(Layer):
         std = self.in_features**-0.5 if std is None else real("std", std)
         if not 0 <= std < np.inf:
             raise ValueError(f"std: expected a finite number >= 0; got {std}")
+        module = module_on(device)
         # Drawn in float64 whatever the dtype, so that float32 and float64 networks start alike.
         weight = std * rng.standard_normal((self.out_features, self.in_features))
-        self.weight: Array = weight.astype(dtype)
-        self.bias: Array | None = np.zeros(self.out_features, dtype) if bias else None
+        self.weight: Array = module.asarray(weight.astype(dtype))
+        self.bias: Array | None = module.zeros(self.out_features, dtype) if bias else None
         self.dweight: Array | None = None
         self.dbias: Array | None = None
         self._x: Array | None = None
@@ -329,7 +335,7 @@ class Sequential(Layer):
             start = f"{i}."
             part = {n.removeprefix(start): v for n, v in state.items() if n.startswith(start)}
             try:
-                layer.load_state_dict({name: np.asarray(value) for name, value in part.items()})
+                layer.load_state_dict({name: to_numpy(value) for name, value in part.items()})
             except ValueError as error:
                 # The layer knows its array's name, not its own place.
                 raise ValueError(f"{start}{error}") from error
@@ -382,7 +388,7 @@ def check_state(expected: Mapping[str, Array], state: Mapping[str, Array]) -> No
         found += [f"unexpected {', '.join(unexpected)}"] if unexpected else []
         raise ValueError(f"state: {'; '.join(found)}")
     for name, old in expected.items():
-        new = np.asarray(state[name])
+        new = np.asarray(to_numpy(state[name]))
         if new.shape != old.shape:
             raise ValueError(f"{name}: expected shape {old.shape}; got {new.shape}")
         if new.dtype.kind != old.dtype.kind:

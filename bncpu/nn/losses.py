@@ -5,6 +5,7 @@ Not a collection of losses. The gradient of the pair, p - onehot, is Bridle's (1
 
 import numpy as np
 
+from bncpu.backends import array_module
 from bncpu.nn.layers import Array, kept
 
 
@@ -41,7 +42,8 @@ class SoftmaxCrossEntropy:
         ValueError
             If the shapes do not fit, there is no row, or a label is out of range.
         """
-        labels = np.asarray(labels)
+        module = array_module(logits)
+        labels = module.asarray(labels)
         if logits.ndim != 2 or not logits.size:
             raise ValueError(f"logits: expected shape (n, classes), not empty; got {logits.shape}")
         n, classes = logits.shape
@@ -52,7 +54,7 @@ class SoftmaxCrossEntropy:
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= classes:
             raise ValueError(f"labels: expected 0 to {classes - 1}; got {low} to {high}")
-        rows = np.arange(n)
+        rows = module.arange(n)
         # Softmax is the same for logits - constant, and with the largest at 0 no exp overflows.
         shifted = logits - logits.max(axis=1, keepdims=True)
         exp = np.exp(shifted)

@@ -5,7 +5,7 @@ Anything else is a `Sequential` of the reader's own.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -25,6 +25,7 @@ def fully_connected(
     rng: np.random.Generator,
     dtype: DTypeLike = np.float32,
     comm: Any = None,
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> Sequential:
     """Return g(BN(Wu)) for every hidden layer, then a linear layer to the logits.
 
@@ -49,13 +50,16 @@ def fully_connected(
         float32 or float64.
     comm : mpi4py.MPI.Intracomm, optional
         The ranks that share each batch: hidden layers are then `SyncBatchNorm`.
+    device : "cpu" or "cuda"
+        Where the network computes, with NumPy or CuPy arrays.
 
     Raises
     ------
     TypeError
         If a size is not an integer, or `gain` not a number.
     ValueError
-        If there are fewer than two sizes, or one is not positive.
+        If there are fewer than two sizes, one is not positive, or the ranks of `comm` shall train
+        on a GPU.
     MemoryError
         If there is no room for the largest weights.
 
@@ -74,16 +78,21 @@ def fully_connected(
     # Room for the largest weights, asked for and given back: what memory cannot hold is refused
     # now, not after the layers before it have been drawn.
     np.empty(min(MAX_WEIGHTS, max(inputs * outputs for inputs, outputs in pairwise(sizes))))
+    if comm is not None and device != "cpu":
+        raise ValueError(
+            f'comm: ranks train on the CPU; expected device="cpu" beside it; got {device!r}'
+        )
+    where: dict[str, Any] = {"dtype": dtype, "device": device}
     layers: list[Layer | BatchNorm] = []
     for inputs, outputs in pairwise(sizes[:-1]):
         std = gain * inputs**-0.5
-        layers.append(Linear(inputs, outputs, bias=not batch_norm, rng=rng, std=std, dtype=dtype))
+        layers.append(Linear(inputs, outputs, bias=not batch_norm, rng=rng, std=std, **where))
         if batch_norm:
             layers.append(
-                BatchNorm(outputs, dtype=dtype)
+                BatchNorm(outputs, **where)
                 if comm is None
                 else SyncBatchNorm(outputs, comm=comm, dtype=dtype)
             )
         layers.append(activation())
-    layers.append(Linear(sizes[-2], sizes[-1], rng=rng, dtype=dtype))
+    layers.append(Linear(sizes[-2], sizes[-1], rng=rng, **where))
     return Sequential(*layers)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from bncpu.backends import array_module, to_numpy
 from bncpu.nn.arguments import real
 from bncpu.nn.layers import Array, Layer, check_state
 
@@ -67,8 +68,8 @@ class SGD:
             value -= self.learning_rate * change
 
     def state_dict(self) -> dict[str, Array]:
-        """Return copies of the velocities."""
-        return {name: value.copy() for name, value in self.velocity.items()}
+        """Return NumPy copies of the velocities."""
+        return {name: np.array(to_numpy(value)) for name, value in self.velocity.items()}
 
     def load_state_dict(self, state: Mapping[str, Array], model: Layer) -> None:
         """Take over the velocities of `state`, which belong to the parameters of `model`.
@@ -85,7 +86,7 @@ class SGD:
         if state:
             check_state(parameters, state)
         self.velocity = {
-            name: np.array(value, parameters[name].dtype)
+            name: array_module(parameters[name]).array(value, parameters[name].dtype)
             for name, value in state.items()
             if self.momentum
         }

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bncpu.backends import array_module, on_gpu
 from bncpu.nn.arguments import integer
 from bncpu.nn.layers import Array, Layer, modes_of
 from bncpu.nn.optimizers import SGD
@@ -99,8 +100,8 @@ def check_examples(
 ) -> None:
     """Refuse what is not at least one example with one label for each."""
     for name, array in zip(names, (x, y), strict=True):
-        if not isinstance(array, np.ndarray):
-            raise TypeError(f"{name}: expected a NumPy array; got {type(array).__name__}")
+        if not isinstance(array, np.ndarray) and not on_gpu(array):
+            raise TypeError(f"{name}: expected a NumPy or CuPy array; got {type(array).__name__}")
         if not array.ndim:
             raise ValueError(f"{name}: expected one row per example; got an array without axes")
     if not len(x) and not may_be_empty:
@@ -136,7 +137,7 @@ def fit(
     model, optimizer
         Changed in place. All layers of the model are put in training mode.
     x : array, shape (n, ...)
-        The training examples, of the model's dtype.
+        The training examples, of the model's dtype and on its device, as y and the test examples.
     y : array, shape (n,), integer
         Their labels.
     epochs, steps : int
@@ -194,6 +195,8 @@ def fit(
         if not isinstance(test, tuple | list) or len(test) != 2:
             raise TypeError(f"test: expected two arrays, x and y; got {type(test).__name__}")
         check_examples(*test, names=("test[0]", "test[1]"), may_be_empty=shards)
+    if shards and on_gpu(x):
+        raise TypeError("x: expected a NumPy array beside comm, ranks train on the CPU; got CuPy's")
     here = Ranks(comm, len(x)) if shards else Process(len(x))
 
     per_epoch = steps_per_epoch(here.examples, batch_size)
@@ -222,7 +225,7 @@ def fit(
         record(start)
         for step in range(start + 1, stop + 1):
             batch = next(order)
-            rows = here.own(batch)
+            rows = array_module(x).asarray(here.own(batch))
             losses.append(here.loss(model.forward(x[rows]), y[rows], len(batch)))
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(
