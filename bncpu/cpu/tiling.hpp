@@ -230,7 +230,7 @@ inline Plan make_plan(const Grid& grid, const Traffic& traffic, int64_t threads,
     if (own > 0 && 10 * shape.channels >= 9 * threads * ceil_div(shape.channels, threads)) {
         plan.tiles =
             std::min(shape.channels, threads * ceil_div(ceil_div(shape.channels, own), threads));
-        plan.outer_threads = (int)threads;
+        plan.outer_threads = (int)std::min(threads, plan.tiles);
         plan.inner_threads = 1;
     } else {
         // All threads share a tile, each keeping its parts of it in its own L2 or all of them in
