@@ -39,7 +39,7 @@ NAMES = ("PyTorch", "convert", "convert, fuse")
 # which it grows. What float32 may be off is a multiple of what PyTorch is.
 TOLERANCE = 1e-10
 TRAINED_TOLERANCE = 1e-5
-TIMES_OF_PYTORCH = 3.0
+ERRORS_OF_PYTORCH = 3.0
 FORWARD = "batch norm, forward"
 BACKWARD = "autograd::engine::evaluate_function: "
 NORM = (FORWARD, BACKWARD + "NativeBatchNormBackward0", BACKWARD + "_BatchNormBackward")
@@ -265,7 +265,7 @@ def equality(model, image):
         rows[name] = {"float64": of64, "float32": of32}
         allowed = rows[NAMES[0]]["float32"]
         near &= all(error <= TOLERANCE for error in of64.values())
-        near &= all(error <= TIMES_OF_PYTORCH * allowed[key] for key, error in of32.items())
+        near &= all(error <= ERRORS_OF_PYTORCH * allowed[key] for key, error in of32.items())
         print(
             f"| {name} | " + " | ".join(f"{e:.1e}" for e in (*of64.values(), *of32.values())), "|"
         )
@@ -295,7 +295,7 @@ def curves(model, args):
         away[name] = max(abs(a - b) for a, b in zip(values, truth, strict=True))
         cells = " | ".join(f"{values[i]:.4f}" for i in shown)
         print(f"| {name} | {cells} | {away[name]:.1e} |", flush=True)
-    near = all(away[name] <= TIMES_OF_PYTORCH * away[NAMES[0]] for name in NAMES)
+    near = all(away[name] <= ERRORS_OF_PYTORCH * away[NAMES[0]] for name in NAMES)
     return losses, near and all(away[name] <= TRAINED_TOLERANCE for name in wide)
 
 

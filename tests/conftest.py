@@ -74,3 +74,14 @@ def cupy(monkeypatch):
     yield cupy_standin
     bncpu.backends._cuda_kernels.cache_clear()
     bncpu.backends._check_capability.cache_clear()
+
+
+@pytest.fixture
+def seeded_torch(rng):
+    """Let PyTorch draw this test's random numbers, on one thread."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(int(rng.integers(2**31)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -128,7 +128,7 @@ def test_resnet(scripts, monkeypatch, capsys, tmp_path):  # noqa: ARG001
     resnet = importlib.import_module("resnet")
     monkeypatch.setattr(resnet, "resnet", partial(resnet.resnet, blocks=(2, 1), width=8))
     monkeypatch.setattr(
-        resnet, "TIMES_OF_PYTORCH", 1e3
+        resnet, "ERRORS_OF_PYTORCH", 1e3
     )  # a matter of luck where so little is summed
     path, before = tmp_path / "resnet.json", torch.get_num_threads()
     options = ["--batch", "4", "--image", "32", "--steps", "2", "--rounds", "1"]

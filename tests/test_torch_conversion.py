@@ -12,14 +12,7 @@ torch = pytest.importorskip("torch")
 bt = pytest.importorskip("bncpu.torch")
 nn = torch.nn
 
-
-@pytest.fixture(autouse=True)
-def _setting(rng):
-    torch.manual_seed(int(rng.integers(2**31)))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("seeded_torch")
 
 
 class Block(nn.Module):

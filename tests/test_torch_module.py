@@ -15,18 +15,12 @@ import bncpu
 torch = pytest.importorskip("torch")
 bt = pytest.importorskip("bncpu.torch")
 
+pytestmark = pytest.mark.usefixtures("seeded_torch")
+
+
 SHAPES = {1: (6, 5, 4), 2: (4, 5, 3, 6), 3: (3, 5, 2, 3, 4)}
 FORMS = ("BatchNorm", "BatchNormReLU", "BatchNormAddReLU")
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def _setting(rng):
-    torch.manual_seed(int(rng.integers(2**31)))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
