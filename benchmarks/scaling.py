@@ -129,7 +129,7 @@ def steps(rounds):
                 dy = layer.backward(dy)
                 requests += [
                     COMM.Iallreduce(MPI.IN_PLACE, gradient)
-                    for gradient in nn.layers.gradients_of(layer).values()
+                    for gradient in nn.base.gradients_of(layer).values()
                 ]
             MPI.Request.Waitall(requests)
 

@@ -1,7 +1,9 @@
 """The minimal trainer: enough to train the paper's networks, on bncpu's public functions only.
 
 ========================  ===========================================================
-layers.py                 Linear, Sigmoid, Tanh, ReLU; Sequential chains them
+base.py                   Layer: what every layer is
+linear.py, activations.py Linear; Sigmoid, Tanh, ReLU
+containers.py             Sequential, which chains layers
 losses.py                 SoftmaxCrossEntropy
 optimizers.py             SGD, with momentum
 training.py               fit: batches, steps, records; evaluate, inference
@@ -15,8 +17,11 @@ The layers take and return NumPy arrays of shape (n, features); `BatchNorm` is t
 """
 
 from bncpu.layer import BatchNorm
+from bncpu.nn.activations import ReLU, Sigmoid, Tanh
+from bncpu.nn.base import Array, Layer
 from bncpu.nn.checkpoint import Checkpoint, architecture, read_checkpoint, save_checkpoint
-from bncpu.nn.layers import Array, Layer, Linear, ReLU, Sequential, Sigmoid, Tanh
+from bncpu.nn.containers import Sequential
+from bncpu.nn.linear import Linear
 from bncpu.nn.losses import SoftmaxCrossEntropy
 from bncpu.nn.networks import fully_connected
 from bncpu.nn.optimizers import SGD

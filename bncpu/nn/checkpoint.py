@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from bncpu.atomic import atomic_write
 from bncpu.layer import BatchNorm
-from bncpu.nn.layers import Array, Layer, Sequential, check_state
+from bncpu.nn.base import Array, Layer, check_state
+from bncpu.nn.containers import Sequential
 from bncpu.nn.optimizers import SGD
 
 # The description is one JSON text under one key, because safetensors writes keys in random order.

@@ -6,7 +6,7 @@ Not a collection of losses. The gradient of the pair, p - onehot, is Bridle's (1
 import numpy as np
 
 from bncpu.backends import array_module
-from bncpu.nn.layers import Array, kept
+from bncpu.nn.base import Array, kept
 
 
 class SoftmaxCrossEntropy:

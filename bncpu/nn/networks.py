@@ -12,8 +12,11 @@ from numpy.typing import DTypeLike
 
 from bncpu.distributed import SyncBatchNorm
 from bncpu.layer import BatchNorm
+from bncpu.nn.activations import Sigmoid
 from bncpu.nn.arguments import integer, real
-from bncpu.nn.layers import MAX_WEIGHTS, Layer, Linear, Sequential, Sigmoid
+from bncpu.nn.base import Layer
+from bncpu.nn.containers import Sequential
+from bncpu.nn.linear import MAX_WEIGHTS, Linear
 
 
 def fully_connected(

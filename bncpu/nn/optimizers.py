@@ -11,7 +11,7 @@ import numpy as np
 
 from bncpu.backends import array_module, to_numpy
 from bncpu.nn.arguments import real
-from bncpu.nn.layers import Array, Layer, check_state
+from bncpu.nn.base import Array, Layer, check_state
 
 
 class SGD:

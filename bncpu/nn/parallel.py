@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bncpu.distributed import check_agreement, communicator, debugging, mpi
-from bncpu.nn.layers import Array, Layer
+from bncpu.nn.base import Array, Layer
 from bncpu.nn.losses import SoftmaxCrossEntropy
 from bncpu.nn.optimizers import SGD
 

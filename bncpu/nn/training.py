@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bncpu.backends import array_module, on_gpu
 from bncpu.nn.arguments import integer
-from bncpu.nn.layers import Array, Layer, modes_of
+from bncpu.nn.base import Array, Layer, modes_of
 from bncpu.nn.optimizers import SGD
 from bncpu.nn.parallel import Process, Ranks
 from bncpu.progress import bar as progress_bar
