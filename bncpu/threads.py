@@ -10,12 +10,15 @@ import operator
 import os
 import platform
 from pathlib import Path
-from typing import NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 import numpy as np
 
 from bncpu import cpu
 from bncpu.backends import gpus
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # OpenMP ends the process if it cannot start the threads it was asked for; no machine has these many
 # cores to itself.
@@ -97,6 +100,19 @@ def threads_for_call(num_threads: SupportsIndex | None) -> int:
         return get_num_threads()
     value = checked(num_threads)
     return 1 if _forked else value
+
+
+def share_out(work: Callable[[int], object], num_threads: int) -> None:
+    """Call work(0) to work(num_threads - 1) at once, on the threads on which the kernels run.
+
+    Python code of several threads takes turns; NumPy's on large arrays does not. An exception is
+    raised when all are done.
+    """
+    if _forked or num_threads < 2:
+        for i in range(num_threads):
+            work(i)
+    else:
+        cpu.team.share_out(work, num_threads, num_threads)
 
 
 def _after_fork_in_child() -> None:

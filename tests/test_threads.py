@@ -20,6 +20,7 @@ from forms import EVERYTHING, PLAIN, RELU, SOME_FORMS, assert_same_results, run
 from forms import problem as problem_of
 
 import bncpu
+from bncpu.threads import share_out
 
 NUMBERS = (1, 2, 3, 7)
 
@@ -135,6 +136,7 @@ COUNT_THREADS = """
 import contextlib, hashlib, os
 import numpy as np
 import bncpu
+from bncpu.threads import share_out
 {setup}
 x = (np.arange(16 * 64 * 784) % 1013).astype(np.float32).reshape(16, 64, 28, 28)
 before = len(os.listdir("/proc/self/task"))
@@ -289,6 +291,7 @@ def _bits(results):
 
 
 def _in_a_child(pipe, p):
+    share_out(lambda _: None, 2)
     pipe.send((bncpu.get_num_threads(), _bits(run(EVERYTHING, p))))
     pipe.close()
 
@@ -351,3 +354,24 @@ def test_show_config(capsys):
         assert shown["openmp"] == "absent (serial build)"
     else:
         assert re.match(r"20\d{4}\b", shown["openmp"])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_share_out(threads):
+    done = []
+    share_out(done.append, threads)
+    assert sorted(done) == list(range(threads))
+
+
+def test_share_out_raises_when_all_are_done():
+    done = []
+
+    def work(i):
+        if i == 1:
+            raise KeyError("one of them")
+        done.append(i)
+
+    with pytest.raises(KeyError, match="one of them"):
+        share_out(work, 3)
+    assert set(done) <= {0, 2}
+    share_out(done.append, 2)  # and the threads serve again

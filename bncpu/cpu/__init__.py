@@ -18,6 +18,7 @@ from bncpu.cpu.caches import cache_sizes as cache_sizes
 
 try:
     from bncpu.cpu import detect, pool
+    from bncpu.cpu import team as team
 except ImportError as error:
     raise ImportError(
         f"bncpu: no compiled modules in {Path(__file__).parent}; in a checkout, build them with "

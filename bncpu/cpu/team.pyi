@@ -1,0 +1,3 @@
+from collections.abc import Callable
+
+def share_out(work: Callable[[int], object], parts: int, num_threads: int) -> None: ...
