@@ -130,6 +130,27 @@ def test_sizes_are_compared_without_a_model(saved, sizes, message):
         checkpoint.check_sizes(sizes)
 
 
+def test_a_model_need_not_be_a_chain(tmp_path):
+    def model(seed, outputs=2):
+        return nn.Linear(3, outputs, rng=np.random.default_rng(seed))
+
+    written, read = model(0), model(1)
+    nn.save_checkpoint(tmp_path / "run", written, nn.SGD(0.1), step=0, seed=0)
+    checkpoint = nn.read_checkpoint(tmp_path / "run")
+    checkpoint.restore(read, nn.SGD(0.1))
+    assert_same_state(read.state_dict(), written.state_dict())
+    with pytest.raises(ValueError, match=r"layer 0 is Linear\(3, 2\) float32 in the file"):
+        checkpoint.restore(model(0, 4), nn.SGD(0.1))
+
+
+def test_a_synchronised_layer_is_told_as_a_plain_one_at_any_depth():
+    MPI = pytest.importorskip("mpi4py.MPI", exc_type=(ImportError, RuntimeError))  # noqa: N806
+    plain, synchronised = (network(comm=comm) for comm in (None, MPI.COMM_SELF))
+    nested = [nn.architecture(nn.Sequential(nn.Sequential(m))) for m in (plain, synchronised)]
+    assert nested[0] == nested[1]
+    assert "Sigmoid" in nested[0][0]
+
+
 def test_layers_from_the_tenth_on_are_in_order(tmp_path):
     sizes = (6, 7, 5, 4, 9, 8, 3)
     nn.save_checkpoint(tmp_path / "deep", network(sizes), nn.SGD(0.1), step=0, seed=0)

@@ -8,7 +8,7 @@ as anybody would use it. Back-propagation is that of Rumelhart, Hinton & William
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from bncpu.backends import array_module, to_numpy
 from bncpu.layer import BatchNorm
 
 Array = NDArray[Any]
+T = TypeVar("T")
 
 
 class Layer(ABC):
@@ -90,10 +91,15 @@ def gradients_of(layer: Layer | BatchNorm) -> dict[str, Array]:
     return layer.gradients()
 
 
+def layers_of(layer: Layer | BatchNorm) -> list[Layer | BatchNorm]:
+    """Return a layer and all layers inside it, at any depth, outermost first."""
+    inside = layer.inside() if isinstance(layer, Layer) else ()
+    return [layer, *(found for each in inside for found in layers_of(each))]
+
+
 def modes_of(layer: Layer | BatchNorm) -> list[tuple[Layer | BatchNorm, bool]]:
     """Return a layer and all layers inside it, outermost first, each with its mode."""
-    inside = layer.inside() if isinstance(layer, Layer) else ()
-    return [(layer, layer.training), *(pair for each in inside for pair in modes_of(each))]
+    return [(found, found.training) for found in layers_of(layer)]
 
 
 def present(**arrays: Array | None) -> dict[str, Array]:
@@ -101,11 +107,11 @@ def present(**arrays: Array | None) -> dict[str, Array]:
     return {name: value for name, value in arrays.items() if value is not None}
 
 
-def kept(array: Array | None) -> Array:
+def kept(value: T | None) -> T:
     """Return what forward kept for backward."""
-    if array is None:
+    if value is None:
         raise RuntimeError("backward: nothing to differentiate; call forward first")
-    return array
+    return value
 
 
 def check_state(expected: Mapping[str, Array], state: Mapping[str, Array]) -> None:

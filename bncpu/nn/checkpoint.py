@@ -64,7 +64,7 @@ class Checkpoint(NamedTuple):
                     f"shape {there or 'none'} in the file and {here or 'none'} in the model"
                 )
 
-    def restore(self, model: Sequential, optimizer: SGD) -> None:
+    def restore(self, model: Layer, optimizer: SGD) -> None:
         """Load the arrays into a model and an optimizer; on an error neither has changed.
 
         Raises
@@ -92,7 +92,7 @@ class Checkpoint(NamedTuple):
 
 def save_checkpoint(
     path: str | os.PathLike[str],
-    model: Sequential,
+    model: Layer,
     optimizer: SGD,
     *,
     step: int,
@@ -201,17 +201,21 @@ def _description(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     return description
 
 
-def architecture(model: Sequential) -> list[str]:
-    """Describe each layer in a line that is equal for equal architectures, dtype included."""
-    return [_describe(layer) for layer in model.layers]
+def architecture(model: Layer) -> list[str]:
+    """Describe each layer in a line that is equal for equal architectures, dtype included.
+
+    A line of a container tells all that is inside it. A model that is no `Sequential` is one line.
+    """
+    return [
+        _describe(layer) for layer in (model.layers if isinstance(model, Sequential) else [model])
+    ]
 
 
 def _describe(layer: Layer | BatchNorm) -> str:
     # The repr of a BatchNorm has its eps and momentum, which leave no trace in names and shapes. A
     # synchronised one is told as a plain one: where its batch lies is no matter of architecture.
     dtypes = {str(value.dtype) for value in layer.state_dict().values() if value.dtype.kind == "f"}
-    told = BatchNorm.__repr__(layer) if isinstance(layer, BatchNorm) else repr(layer)
-    return " ".join([told, *sorted(dtypes)])
+    return " ".join([repr(layer).replace("SyncBatchNorm(", "BatchNorm("), *sorted(dtypes)])
 
 
 def _safetensors(submodule: str = "") -> Any:

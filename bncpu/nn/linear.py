@@ -6,11 +6,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from bncpu.backends import module_on
-from bncpu.nn.arguments import integer, real
+from bncpu.nn.arguments import integer
 from bncpu.nn.base import Array, Layer, kept, present
-
-# Of float64, the dtype in which weights are drawn; NumPy refuses more without naming anybody.
-MAX_WEIGHTS = np.iinfo(np.intp).max // 8
+from bncpu.nn.initialization import gaussian
 
 
 class Linear(Layer):
@@ -56,22 +54,9 @@ class Linear(Layer):
     ) -> None:
         self.in_features = integer("in_features", in_features, 1)
         self.out_features = integer("out_features", out_features, 1)
-        if self.in_features * self.out_features > MAX_WEIGHTS:
-            raise ValueError(
-                f"out_features: expected at most {MAX_WEIGHTS} weights; got {self.out_features} x "
-                f"{self.in_features}"
-            )
-        if not isinstance(rng, np.random.Generator):
-            raise TypeError(f"rng: expected a numpy.random.Generator; got {rng!r}")
-        if np.dtype(dtype) not in (np.float32, np.float64):
-            raise TypeError(f"dtype: expected float32 or float64; got {np.dtype(dtype)}")
-        std = self.in_features**-0.5 if std is None else real("std", std)
-        if not 0 <= std < np.inf:
-            raise ValueError(f"std: expected a finite number >= 0; got {std}")
         module = module_on(device)
-        # Drawn in float64 whatever the dtype, so that float32 and float64 networks start alike.
-        weight = std * rng.standard_normal((self.out_features, self.in_features))
-        self.weight: Array = module.asarray(weight.astype(dtype))
+        weight = gaussian((self.out_features, self.in_features), rng=rng, std=std, dtype=dtype)
+        self.weight: Array = module.asarray(weight)
         self.bias: Array | None = module.zeros(self.out_features, dtype) if bias else None
         self.dweight: Array | None = None
         self.dbias: Array | None = None
