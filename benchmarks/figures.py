@@ -22,7 +22,7 @@ from bncpu.bench import figure, report, with_progress
 from bncpu.bench.figure import COLORS, new_figure
 from bncpu.bench.operations import OPERATIONS
 from bncpu.bench.rows import Part, measure_part, measure_parts
-from bncpu.cli import positive
+from bncpu.cli.numbers import positive
 
 BARS = ("train", "train_relu", "infer", "backward")
 ROOFLINE = ("moments", "train", "train_add_relu", "infer", "backward", "backward_add_relu")

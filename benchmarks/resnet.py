@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import bncpu.torch
 from bncpu.atomic import atomic_write, check_writable
 from bncpu.bench import measure
-from bncpu.cli import positive
+from bncpu.cli.numbers import positive
 
 BLOCKS = (3, 4, 6, 3)
 CLASSES = 10

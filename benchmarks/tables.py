@@ -23,7 +23,7 @@ from bncpu import bench
 from bncpu.atomic import atomic_write, check_writable
 from bncpu.bench import options as command
 from bncpu.bench import report
-from bncpu.cli import positive
+from bncpu.cli.numbers import positive
 
 TABLES = {
     "fractions": against_memory.fractions,

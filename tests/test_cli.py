@@ -12,8 +12,9 @@ import threadpoolctl
 from PIL import Image
 
 import bncpu
-from bncpu import bench, cli, experiments, nn
+from bncpu import bench, cli, nn
 from bncpu.bench import measure
+from bncpu.cli import train as training
 
 TRAIN = ["train", "--hidden", "20", "--steps", "30", "--no-progress"]
 
@@ -127,7 +128,7 @@ def test_bench(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["info"], ["bench"], ["train"], ["moments"], ["reproduce"]]
+    "command", [[], ["info"], ["bench"], ["train"], ["moments"], ["data"], ["reproduce"]]
 )
 def test_help(capsys, command):
     assert run(*command, "--help") == 0
@@ -140,7 +141,7 @@ def test_help(capsys, command):
         for name in bench.OPERATIONS:
             assert f"\n  {name} " in out
     if command == ["train"]:
-        for name, default in cli.DEFAULTS.items():
+        for name, default in training.DEFAULTS.items():
             assert f"--{name.replace('_', '-')}" in out
             assert isinstance(default, list) or f"(default: {default})" in " ".join(out.split())
 
@@ -163,6 +164,8 @@ def test_help(capsys, command):
         (["train", "--batch-size", "1"], "--batch-size: batch normalisation needs at least 2"),
         (["train", "--dataset", "mnist"], "mnist: no data folder; name the one with"),
         (["train", "--dataset", "mnist", "--data-dir", "no"], "no: no such folder"),
+        (["train", "--dataset", "cifar10"], "cifar10: no data folder; name the one with"),
+        (["train", "--dataset", "cifar10", "--data-dir", "."], ".: holds no data_batch_1.bin or"),
         (["train", "--load", "no.safetensors"], "no.safetensors: No such file or directory"),
         (["train", "--load", "."], ".: Is a directory"),
         (["train", "--dataset", "mnist", "--data-dir", "plain"], "plain: is not a folder"),
@@ -185,9 +188,20 @@ def test_help(capsys, command):
         (["moments", "no.npy"], "no.npy: No such file or directory"),
         (["moments", "."], ".: Is a directory"),
         (["moments", "plain"], "plain: damaged, or not a .npy file"),
-        (["reproduce"], "the following arguments are required: name"),
-        (["reproduce", "imagenet"], "invalid choice: 'imagenet'"),
-        (["reproduce", "digits", "--out", "plain"], "plain: is not a folder"),
+        (["data", "--data-dir", "no"], "no: no such folder"),
+        (["data", "--data-dir", "plain"], "plain: is not a folder"),
+        (["data", "mnist"], "unrecognized arguments: mnist"),
+        (["reproduce"], "NAME: expected an experiment or more, or all; --list shows them"),
+        (["reproduce", "imagenet"], "argument NAME: expected "),
+        (["reproduce", "imagenet"], "or all; got 'imagenet'"),
+        (["reproduce", "all", "imagenet"], "or all; got 'imagenet'"),
+        (["reproduce", "mnist", "--out", "plain"], "plain: is not a folder"),
+        (["reproduce", "mnist", "--quick", "--full"], "not allowed with argument --quick"),
+        (["reproduce", "mnist", "--jobs", "0"], "--jobs: expected a positive integer; got '0'"),
+        (["reproduce", "mnist", "--seed", "-1"], "--seed: expected an integer >= 0; got '-1'"),
+        (["reproduce", "mnist", "--dataset", "letters"], "invalid choice: 'letters'"),
+        (["reproduce", "mnist", "--dataset", "cifar10"], "; got 'cifar10'"),
+        (["reproduce", "mnist", "--data-dir", "no"], "no: no such folder"),
         (["bench", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["bench", "--layout", "hwcn"], "invalid choice: 'hwcn'"),
         (["bench", "--level", "mmx"], "invalid choice: 'mmx'"),
@@ -215,7 +229,7 @@ def test_wrong_usage_is_one_line(capsys, tmp_path, argv, message):
 def test_an_error_without_an_extra(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     message = 'figures: need matplotlib; pip install "bncpu[train]"'
-    assert_refused(capsys, tmp_path, ["reproduce", "digits"], message)
+    assert_refused(capsys, tmp_path, ["reproduce", "mnist"], message)
 
 
 def test_a_plot_without_an_extra(capsys, tmp_path, monkeypatch):
@@ -231,7 +245,7 @@ def test_train_prints_and_writes(capsys, tmp_path):
     assert "digits: 1438 images to train, 359 to test" in out
     assert "64 inputs, sigmoid layers of 20, 10 classes, with batch normalisation" in out
     results = json.loads((tmp_path / "deep/er/results.json").read_text())
-    assert results["settings"] == cli.DEFAULTS | {"hidden": [20], "seed": 3}
+    assert results["settings"] == training.DEFAULTS | {"hidden": [20], "seed": 3}
     assert [record["step"] for record in results["records"]] == [0, 24, 30]
     assert f"{results['records'][-1]['accuracy']:.2%}" in out
     with Image.open(tmp_path / "deep/er/figure.png") as figure:
@@ -249,7 +263,9 @@ def test_a_model_goes_into_the_new_folder_of_the_results(tmp_path):
 
 
 def test_a_long_table_is_thinned(capsys):
-    cli.print_records([nn.Record(step, 0.5 if step else None, 0.25) for step in range(0, 1010, 10)])
+    training.print_records(
+        [nn.Record(step, 0.5 if step else None, 0.25) for step in range(0, 1010, 10)]
+    )
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["0", "25.00%"]
     assert [int(line.split()[0]) for line in lines[1:]] == [*range(0, 1000, 60), 1000]
@@ -268,7 +284,7 @@ def test_train_without_batch_norm(capsys, tmp_path):
     assert not json.loads((tmp_path / "out/results.json").read_text())["settings"]["batch_norm"]
 
 
-@pytest.mark.parametrize("activation", cli.ACTIVATIONS)
+@pytest.mark.parametrize("activation", training.ACTIVATIONS)
 def test_every_activation_trains(activation, capsys):
     options = ["--activation", activation, "--learning-rate", 0.1, "--momentum", 0.5]
     assert run(*TRAIN, *options) == 0
@@ -340,7 +356,7 @@ def test_training_in_float64(tmp_path):
 
 def saved(**settings):
     """Write the checkpoint m of a network with one hidden layer of 20,."""
-    settings = cli.DEFAULTS | {"hidden": [20]} | settings
+    settings = training.DEFAULTS | {"hidden": [20]} | settings
     model = nn.fully_connected(
         [64, 20, 10], batch_norm=settings["batch_norm"] is True, rng=np.random.default_rng(0)
     )
@@ -357,7 +373,7 @@ def saved(**settings):
         ("hidden", [True], "expected a positive integer; got 'true'"),
         ("activation", "exec", 'expected one of sigmoid, tanh, relu; got "exec"'),
         ("activation", ["relu"], 'expected one of sigmoid, tanh, relu; got ["relu"]'),
-        ("dataset", "zzz", 'expected one of digits, mnist; got "zzz"'),
+        ("dataset", "zzz", 'expected one of digits, mnist, cifar10; got "zzz"'),
         ("batch_norm", 1, "expected true or false; got 1"),
         ("seed", "a", "expected an integer >= 0; got '\"a\"'"),
         ("seed", -3, "expected an integer >= 0; got '-3'"),
@@ -387,7 +403,7 @@ def test_settings_in_a_file_that_contradict_it(capsys, tmp_path):
 
 def test_values_in_a_file_that_no_layer_has(capsys, tmp_path):
     model = nn.fully_connected([64, 20, 10], rng=np.random.default_rng(0))
-    settings = cli.DEFAULTS | {"hidden": [20]}
+    settings = training.DEFAULTS | {"hidden": [20]}
     model.layers[1].running_var[3] = -1
     nn.save_checkpoint("m", model, nn.SGD(1.0), step=0, seed=0, settings=settings)
     message = "m: does not fit the model; 1.running_var: expected no negative variance"
@@ -447,19 +463,3 @@ def test_an_interrupt_leaves_the_old_files(capsys, tmp_path, monkeypatch, moment
     assert capsys.readouterr().err == "bncpu train: interrupted\n"
     assert (tmp_path / "m").read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["m", "out"]
-
-
-def test_reproduce_hands_over_its_arguments(monkeypatch):
-    calls = []
-
-    def experiment(out, **options):
-        calls.append((str(out), options))
-
-    monkeypatch.setitem(experiments.EXPERIMENTS, "digits", experiment)
-    assert run("reproduce", "digits") == 0
-    options = ["--quick", "--out", "a/b", "--seed", 2, "--no-progress"]
-    assert run("reproduce", "digits", *options) == 0
-    assert calls == [
-        ("bncpu-digits", {"quick": False, "seed": 0, "progress": True}),
-        ("a/b", {"quick": True, "seed": 2, "progress": False}),
-    ]

@@ -8,6 +8,10 @@ import numpy as np
 from bncpu.data.dataset import Dataset, shard
 
 TEST_FRACTION = 0.2
+PUBLISHED: tuple[str, ...] = (
+    "scikit-learn (inside it; no file is needed)",
+    "archive.ics.uci.edu/dataset/80 (Optical Recognition of Handwritten Digits)",
+)
 SPLIT_SEED = 0  # the split is part of the dataset: it does not move with the seed of a training
 
 
@@ -31,4 +35,5 @@ def load_digits(*, part: int = 0, parts: int = 1) -> Dataset:
         rows = rng.permutation(np.flatnonzero(y == label))
         test[rows[: round(TEST_FRACTION * len(rows))]] = True
     arrays = (x[~test], y[~test], x[test], y[test])
-    return Dataset("digits", *(rows[shard(len(rows), part, parts)] for rows in arrays))
+    x_train, y_train, x_test, y_test = (rows[shard(len(rows), part, parts)] for rows in arrays)
+    return Dataset("digits", x_train, y_train, x_test, y_test, (1, 8, 8))
