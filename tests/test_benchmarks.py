@@ -6,9 +6,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from bncpu import nn
 from bncpu.bench import measure, operations
 from bncpu.bench.operations import OPERATIONS, Problem
 
@@ -36,7 +38,7 @@ def scripts(monkeypatch):
     monkeypatch.setattr(modules["against_peers"], "UNTUNED", [(2, 3, 2, 2)])
     monkeypatch.setattr(modules["against_peers"], "PLAIN", [(4, 3)])
     yield modules
-    for name in (*names, "tables", "figures", "resnet"):
+    for name in (*names, "tables", "figures", "resnet", "trainer"):
         sys.modules.pop(name, None)
 
 
@@ -146,3 +148,39 @@ def test_resnet(scripts, monkeypatch, capsys, tmp_path):  # noqa: ARG001
     assert len(document["losses"]["PyTorch, float64"]) == 2
     monkeypatch.setattr(resnet, "TOLERANCE", 0.0)
     assert not resnet.equality(resnet.resnet(), 32)[1]
+
+
+@pytest.mark.usefixtures("default_threads")
+def test_trainer_of_benchmarks(scripts, monkeypatch, capsys, tmp_path):  # noqa: ARG001
+    pytest.importorskip("torch")
+    trainer = importlib.import_module("trainer")
+
+    def here(command, args):
+        return json.dumps(trainer.turn(*command[1:], args.batch, args.steps, args.threads))
+
+    monkeypatch.setattr(trainer, "in_process", here)
+    out = tmp_path / "trainer.json"
+    trainer.main(["--quick", "--batch", "2", "--json", str(out)])
+    text = capsys.readouterr().out
+    assert "4.2 million multiplications an image" in text
+    assert "| Conv2d, backward |" in text
+    results = json.loads(out.read_text())
+    assert list(results) == list(trainer.NETWORKS)
+    assert all(result["ratio"] > 0 for result in results.values())
+
+
+@pytest.mark.parametrize("network", ["with BN", "without BN, with LRN"])
+def test_the_trainers_network_is_pytorchs(scripts, network):  # noqa: ARG001
+    torch = pytest.importorskip("torch")
+    trainer = importlib.import_module("trainer")
+    model, x, y = trainer.problem(network, 3, np.float64)
+    there = trainer.in_pytorch(model)
+    theirs = torch.nn.functional.cross_entropy(there(torch.from_numpy(x)), torch.from_numpy(y))
+    theirs.backward()
+    loss = nn.SoftmaxCrossEntropy()
+    assert loss.forward(model.forward(x), y) == pytest.approx(theirs.item(), rel=1e-12)
+    model.backward(loss.backward())
+    gradients = list(model.gradients().values())
+    for ours, parameter in zip(gradients, there.parameters(), strict=True):
+        size = np.abs(ours).max()
+        np.testing.assert_allclose(parameter.grad.numpy(), ours, rtol=0, atol=1e-9 * size)

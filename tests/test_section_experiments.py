@@ -330,6 +330,9 @@ def test_noise_comes_from_the_batch():
     plain, normal = (networks.multilayer(64, (20,), normaliser(bn), seed=0) for bn in (False, True))
     assert regularisation.noise(plain, x, 0) < 1e-5
     assert regularisation.noise(normal, x, 0) > 1e-2
+    for layer in (plain.layers[0], plain.layers[-1]):
+        layer.weight[...] = 0
+    assert regularisation.noise(plain, x, 0) == 0
 
 
 # Reports, on results as they are and as they might be

@@ -119,7 +119,7 @@ class Naive(Experiment):
         page.claim(
             "It can be worse if the variance too is outside",
             paper="can get worse, no figure",
-            ours=f"the whole network ends with a larger |b| at rates {worse} of {RATES}",
+            ours=f"|b| of the whole network ends larger at {len(worse)} of {len(RATES)} rates",
             held=bool(worse),
         )
         # Of two trainings, the one outside the step and the one inside, that differ in this alone.
@@ -130,7 +130,7 @@ class Naive(Experiment):
         page.claim(
             "Outside the step the model blows up where inside it trains",
             paper="it blows up, no figure",
-            ours=f"{len(blown)} of {len(twins)}, rates {sorted(set(blown))}; reverse {len(saved)}",
+            ours=f"{len(blown)} of {len(twins)} pairs; the reverse in {len(saved)}",
             held=bool(blown) and not saved,
         )
         ends = {cell: f"{percent(right[cell])}, {spread(size[cell], 2)}" for cell in cells}

@@ -28,7 +28,7 @@ class Recurrent(Experiment):
     """Batch normalisation in a recurrent network."""
 
     NAME = "recurrent"
-    SECTION = "5"
+    SECTION = "section 5"
     ABOUT = """
 The paper leaves recurrent networks to future work: there, vanishing and exploding gradients may be
 especially severe, and BN may improve how gradients propagate. Here a layer of tanh units reads

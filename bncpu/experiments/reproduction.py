@@ -164,8 +164,7 @@ def make(
 def title_of(experiment: Experiment) -> str:
     """Return the first line of its docstring, and where in the paper it stands."""
     title = (type(experiment).__doc__ or experiment.NAME).splitlines()[0].rstrip(".")
-    section = experiment.SECTION
-    return f"{title} ({'section ' if section[0].isdigit() else ''}{section})"
+    return f"{title} ({experiment.SECTION})"
 
 
 def command_of(experiment: Experiment, seed: int) -> str:

@@ -69,6 +69,8 @@ def eigen(matrix: nn.Array) -> tuple[nn.Array, nn.Array]:
     """Return eigenvalues and eigenvectors of a symmetric matrix."""
     from scipy import linalg  # bncpu[train] brings it, and the package is imported without
 
+    if not np.isfinite(matrix).all():
+        raise FloatingPointError("covariance: expected finite values; the training diverged")
     values, vectors = linalg.eigh(matrix)
     return values, vectors
 
