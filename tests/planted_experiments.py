@@ -24,7 +24,7 @@ LOG, FAULT = "PLANTED_LOG", "PLANTED_FAULT"
 class Planted(Experiment):
     """Numbers that are found | in two steps."""
 
-    NAME, SECTION, DRAWS = "planted", "3.1", True
+    NAME, SECTION, DRAWS = "planted", "section 3.1", True
     ABOUT = "First *all* of them, then the best one again."
     DATASETS = ("mnist", "digits")
     SETTINGS = {  # noqa: RUF012

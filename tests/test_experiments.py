@@ -86,7 +86,16 @@ def test_an_experiment_that_is_to_be_alone(planted, tmp_path):
     assert {each["threads"] for each in measured} == {before}
 
 
+@pytest.fixture
+def interruptible():
+    """Let SIGINT interrupt, as at a terminal: what a shell puts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_keeps_what_is_finished(planted, tmp_path, capsys, jobs):
     with pytest.raises(KeyboardInterrupt):
         planted(fault={"n": 3, "do": "interrupt"}, jobs=jobs)

@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike
 from bncpu.layer import BatchNorm
 from bncpu.nn.arguments import integer, real
 from bncpu.nn.base import Array, Layer, check_state, kept
+from bncpu.nn.initialization import gaussian
 
 # What a batch normalisation has of its own at a time step, by PyTorch's names.
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -102,20 +103,16 @@ class RNN(Layer):
         self.in_features = integer("in_features", in_features, 1)
         self.hidden = integer("hidden", hidden, 1)
         self.steps = integer("steps", steps, 1)
-        if not isinstance(rng, np.random.Generator):
-            raise TypeError(f"rng: expected a numpy.random.Generator; got {rng!r}")
-        if np.dtype(dtype) not in (np.float32, np.float64):
-            raise TypeError(f"dtype: expected float32 or float64; got {np.dtype(dtype)}")
         scale = real("scale", scale)
         if not np.isfinite(scale):
             raise ValueError(f"scale: expected a finite number; got {scale}")
-        # Drawn in float64 whatever the dtype, so that float32 and float64 networks start alike.
-        weight = self.in_features**-0.5 * rng.standard_normal((self.hidden, self.in_features))
+        shape = (self.hidden, self.in_features)
+        weight = gaussian(shape, rng=rng, std=None, dtype=dtype)
         orthogonal, upper = np.linalg.qr(rng.standard_normal((self.hidden, self.hidden)))
         # With the signs of R's diagonal taken out, Q is uniform over the orthogonal matrices.
         orthogonal *= np.copysign(1.0, np.diag(upper))
         self._parameters: dict[str, Array] = {
-            "weight_ih": weight.astype(dtype),
+            "weight_ih": weight,
             "weight_hh": orthogonal.astype(dtype),
             "bias": np.zeros(self.hidden, dtype),
         }
