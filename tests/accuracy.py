@@ -22,7 +22,7 @@ from cases import memory_order, parameter_dtype
 from bncpu import reference
 
 EPS64 = np.finfo(np.float64).eps
-STORAGE = ("float16", "bfloat16")
+STORAGE = {"float16": 2.0**-10, "bfloat16": 2.0**-7}  # and their eps
 
 
 def arithmetic(dtype):
@@ -72,10 +72,13 @@ def assert_same_to_rounding(got, other, *, dtype, m, size, what="result"):
     """Compare two computations of one thing, neither of them the truth.
 
     Each may be off by its tolerance, for sums over m values and terms of that size, so the two may
-    differ by twice that.
+    differ by twice that. Where the other is stored in half a type, its rounding comes on top.
     """
+    stored = np.asarray(other)
+    other = stored.astype(np.float64)
     limit = 2.0 * tolerance(dtype, m) * np.asarray(size)
-    assert_close(got, np.asarray(other, dtype=np.float64), limit=limit, what=what)
+    limit = limit + STORAGE.get(stored.dtype.name, 0.0) / 2 * np.abs(other)
+    assert_close(got, other, limit=limit, what=what)
 
 
 def assert_gradient(got, loss, array, *, step=1e-3, what="gradient"):
