@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import os
 import platform
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
@@ -18,7 +19,7 @@ from bncpu import cpu
 from bncpu.backends import gpus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 # OpenMP ends the process if it cannot start the threads it was asked for; no machine has these many
 # cores to itself.
@@ -81,6 +82,18 @@ def get_num_threads() -> int:
     if _wish is None:
         return openmp
     return _wish.threads if openmp >= _wish.openmp else min(_wish.threads, openmp)
+
+
+@contextmanager
+def number_of_threads(n: int) -> Iterator[None]:
+    """Inside a with statement, have set_num_threads(n); then have what was before."""
+    global _wish
+    before = _wish
+    set_num_threads(n)
+    try:
+        yield
+    finally:
+        _wish = before
 
 
 def checked(n: SupportsIndex, name: str = "num_threads") -> int:

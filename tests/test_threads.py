@@ -20,7 +20,7 @@ from forms import EVERYTHING, PLAIN, RELU, SOME_FORMS, assert_same_results, run
 from forms import problem as problem_of
 
 import bncpu
-from bncpu.threads import share_out
+from bncpu.threads import number_of_threads, share_out
 
 NUMBERS = (1, 2, 3, 7)
 
@@ -136,7 +136,7 @@ COUNT_THREADS = """
 import contextlib, hashlib, os
 import numpy as np
 import bncpu
-from bncpu.threads import share_out
+from bncpu.threads import number_of_threads, share_out
 {setup}
 x = (np.arange(16 * 64 * 784) % 1013).astype(np.float32).reshape(16, 64, 28, 28)
 before = len(os.listdir("/proc/self/task"))
@@ -375,3 +375,17 @@ def test_share_out_raises_when_all_are_done():
         share_out(work, 3)
     assert set(done) <= {0, 2}
     share_out(done.append, 2)  # and the threads serve again
+
+
+@pytest.mark.usefixtures("default_threads")
+def test_a_number_of_threads_for_a_while():
+    bncpu.set_num_threads(None)
+    before = bncpu.get_num_threads()
+    with number_of_threads(before + 3):
+        assert bncpu.get_num_threads() == before + 3
+        with pytest.raises(ValueError, match="num_threads: expected 1 to"), number_of_threads(0):
+            pass
+        assert bncpu.get_num_threads() == before + 3
+    with threadpoolctl.threadpool_limits(1), number_of_threads(1):
+        pass
+    assert bncpu.get_num_threads() == before

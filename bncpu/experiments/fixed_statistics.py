@@ -11,6 +11,7 @@ import numpy as np
 
 import bncpu
 from bncpu import nn
+from bncpu.threads import number_of_threads
 
 THREADS = (1, 2, 4)
 SIZES = (1, 7, 60)
@@ -71,11 +72,10 @@ def dependence(
     rng = np.random.default_rng(seed)
     rows = [np.append(0, rng.integers(1, len(x), batch_size - 1)) for _ in range(batches)]
     in_inference = np.array([nn.predict(model, x[each])[0] for each in rows])
-    before, by_threads = bncpu.get_num_threads(), []
+    by_threads = []
     for threads in THREADS:
-        bncpu.set_num_threads(threads)
-        by_threads.append(nn.predict(model, x, batch_size=len(x)))
-    bncpu.set_num_threads(before)
+        with number_of_threads(threads):
+            by_threads.append(nn.predict(model, x, batch_size=len(x)))
     by_size = [nn.predict(model, x, batch_size=size) for size in SIZES]
     return {
         "in training": by_batch(model, x, rows)[::batch_size].tolist(),

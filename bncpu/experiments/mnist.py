@@ -61,13 +61,14 @@ by the mean distance of the 15th and the 85th; the typical sigmoid has the media
     def runs(self, results: Results) -> list[Run]:
         """Search every network's rate on the held-out part; then measure these on the test set."""
         networks = list(NETWORKS.values())
-        return search.shorter_runs(results, networks, RATES, self.seeds, self.steps, SHORTER)
+        return search.runs(results, networks, RATES, self.seeds, lambda _: self.steps, SHORTER)
 
     def measure(
         self, settings: dict[str, Any], data: Dataset, progress: Progress
     ) -> dict[str, Any]:
         """Train a network, and look at it at every checkpoint."""
-        searching, seed = settings["part"] != "test", settings.get("seed", self.seeds[0])
+        searching, seed = settings["part"] != "test", settings["seed"]
+        length = self.steps // (SHORTER if searching else 1)
         data = search.part_of(data, settings["part"])
         sizes, std = [data.x_train.shape[1], *HIDDEN, 10], WEIGHTS[settings["weights"]]
         rng = np.random.default_rng(seed)
@@ -83,9 +84,8 @@ by the mean distance of the 15th and the 85th; the typical sigmoid has the media
             accuracies.append(float(np.mean(logits.argmax(axis=1) == data.y_test)))
             percentiles.append(np.percentile(inputs[0][0], PERCENTILES, axis=0))
 
-        every = settings["steps"] // (1 if searching else CHECKPOINTS)
         how = {"batch_size": BATCH_SIZE, "seed": seed, "callback": look, "progress": progress}
-        how |= {"steps": settings["steps"], "every": every}
+        how |= {"steps": length, "every": length if searching else length // CHECKPOINTS}
         try:
             nn.fit(model, nn.SGD(settings["rate"]), data.x_train, data.y_train, **how)
         except FloatingPointError:

@@ -22,6 +22,7 @@ def runs(
     rates: Sequence[float],
     seeds: Sequence[int],
     steps: Callable[[dict[str, Any]], int],
+    shorter: int = 1,
 ) -> list[Run]:
     """Return the runs of the search, and those on the test set once the search is over.
 
@@ -36,10 +37,15 @@ def runs(
     seeds : sequence of int
         Of the runs on the test set; the search has the first of them.
     steps : callable
-        Gives the steps of a variant's training.
+        Gives the steps of a variant's training on the test set.
+    shorter : int
+        How many times shorter the trainings of the search are.
     """
     searched = [
-        Run({**variant, "part": "validation", "rate": rate, "seed": seeds[0]}, steps(variant))
+        Run(
+            {**variant, "part": "validation", "rate": rate, "seed": seeds[0]},
+            steps(variant) // shorter,
+        )
         for variant in variants
         for rate in rates
     ]
@@ -50,34 +56,6 @@ def runs(
             {**variant, "part": "test", "rate": best_rate(results, variant), "seed": seed},
             steps(variant),
         )
-        for variant in variants
-        for seed in seeds
-    ]
-
-
-def shorter_runs(
-    results: Results,
-    variants: Sequence[dict[str, Any]],
-    rates: Sequence[float],
-    seeds: Sequence[int],
-    steps: int,
-    times: int,
-) -> list[Run]:
-    """Return what `runs` does, for a search whose trainings are some times shorter.
-
-    The length of a training is among its settings, as "steps".
-    """
-    short = steps // times
-    searched = [
-        Run({**variant, "part": "validation", "rate": rate, "steps": short}, short)
-        for variant in variants
-        for rate in rates
-    ]
-    if not all(results.where(**run.settings) for run in searched):
-        return searched
-    long = {"part": "test", "steps": steps}
-    return searched + [
-        Run({**variant, **long, "rate": best_rate(results, variant), "seed": seed}, steps)
         for variant in variants
         for seed in seeds
     ]

@@ -1,4 +1,6 @@
-"""The minimal trainer: enough to train the paper's networks, on bncpu's public functions only.
+"""The minimal trainer: enough to train the paper's networks, on bncpu's public functions.
+
+Of what is not public it uses the threads on which the kernels run (workers.py).
 
 ========================  ===========================================================
 base.py                   Layer: what every layer is

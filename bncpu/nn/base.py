@@ -70,11 +70,38 @@ class Layer(ABC):
         Raises
         ------
         ValueError
-            If a name is missing or unexpected, or an array's shape or kind of dtype is another.
+            If a name is missing or unexpected, an array's shape or kind of dtype is another, or a
+            value is none that the layer can have.
         """
-        check_state(self.parameters(), state)
+        before = self.state_dict()
+        check_state(before, state)
+        try:
+            self._take(state)
+        except BaseException:  # layers inside have checks of their own; an interrupt comes anywhere
+            self._take(before)
+            raise
+
+    def _take(self, state: Mapping[str, Array]) -> None:
+        """Take over the arrays of a state whose names and shapes are right."""
         for name, value in self.parameters().items():
             value[...] = array_module(value).asarray(state[name])
+
+
+class WeightedLayer(Layer):
+    """A layer whose parameters are a weight, and a bias or none."""
+
+    weight: Array
+    bias: Array | None
+    dweight: Array | None = None
+    dbias: Array | None = None
+
+    def parameters(self) -> dict[str, Array]:
+        """Return weight and, where there is one, bias."""
+        return present(weight=self.weight, bias=self.bias)
+
+    def gradients(self) -> dict[str, Array]:
+        """Return the gradients of weight and bias."""
+        return present(weight=self.dweight, bias=self.dbias)
 
 
 def parameters_of(layer: Layer | BatchNorm) -> dict[str, Array]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from bncpu.backends import to_numpy
 from bncpu.layer import BatchNorm
-from bncpu.nn.base import Array, Layer, check_state, gradients_of, kept, parameters_of
+from bncpu.nn.base import Array, Layer, gradients_of, kept, parameters_of
 from bncpu.nn.buffers import Buffers
 from bncpu.nn.convolution import Conv2d
 from bncpu.nn.linear import Linear
@@ -63,23 +63,7 @@ class Container(Layer):
         state = self._gather([layer.state_dict() for layer in self.layers])
         return {name: np.array(value, order="C") for name, value in state.items()}
 
-    def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Take over all arrays of `state`; on an error nothing has changed.
-
-        Raises
-        ------
-        ValueError
-            If a name is missing or unexpected, or an array's shape or kind of dtype is another.
-        """
-        before = self.state_dict()
-        check_state(before, state)
-        try:
-            self._load(state)
-        except BaseException:  # a layer has checks of its own, and an interrupt comes anywhere
-            self._load(before)
-            raise
-
-    def _load(self, state: Mapping[str, Array]) -> None:
+    def _take(self, state: Mapping[str, Array]) -> None:
         for i, layer in enumerate(self.layers):
             start = f"{i}."
             part = {n.removeprefix(start): v for n, v in state.items() if n.startswith(start)}

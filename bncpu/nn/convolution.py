@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from bncpu.nn.arguments import integer
-from bncpu.nn.base import Array, Layer, kept, present
+from bncpu.nn.base import Array, WeightedLayer, kept
 from bncpu.nn.buffers import Buffers
 from bncpu.nn.initialization import gaussian
 from bncpu.nn.windows import Pair, Windows
 from bncpu.nn.workers import over_images
 
 
-class Conv2d(Layer):
+class Conv2d(WeightedLayer):
     """y[n, o, h, w] = b[o] + sum over c, i, j of W[o, c, i, j] x[n, c, s h + i, s w + j].
 
     Parameters
@@ -77,11 +77,9 @@ class Conv2d(Layer):
         stride_1 = self.windows.stride == (1, 1)
         self._turned = self.windows.turned() if stride_1 else None
         shape = (self.out_channels, self.in_channels, *self.windows.kernel)
-        self.weight: Array = gaussian(shape, rng=rng, std=std, dtype=dtype)
-        self.bias: Array | None = np.zeros(self.out_channels, dtype) if bias else None
+        self.weight = gaussian(shape, rng=rng, std=std, dtype=dtype)
+        self.bias = np.zeros(self.out_channels, dtype) if bias else None
         self.input_gradient = input_gradient
-        self.dweight: Array | None = None
-        self.dbias: Array | None = None
         self._columns: Array | None = None
         self._shape: tuple[int, ...] = ()
         self._buffers = Buffers()
@@ -180,14 +178,6 @@ class Conv2d(Layer):
             self.windows.add_back(columns, dx, part)
 
         return images
-
-    def parameters(self) -> dict[str, Array]:
-        """Return weight and, where there is one, bias."""
-        return present(weight=self.weight, bias=self.bias)
-
-    def gradients(self) -> dict[str, Array]:
-        """Return the gradients of weight and bias."""
-        return present(weight=self.dweight, bias=self.dbias)
 
     def _matrix(self) -> Array:
         return self.weight.reshape(self.out_channels, math.prod(self.weight.shape[1:]))

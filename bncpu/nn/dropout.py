@@ -10,7 +10,7 @@ import numpy as np
 
 from bncpu.backends import array_module
 from bncpu.nn.arguments import fraction, integer
-from bncpu.nn.base import Array, Layer, check_state, kept
+from bncpu.nn.base import Array, Layer, kept
 
 # Set after seed and count, so that the generator is none of those that `fit` makes of its seed.
 STREAM = 2
@@ -95,15 +95,7 @@ class Dropout(Layer):
         """Return the number of calls, an int64 of shape ()."""
         return {"calls": np.array(self.calls, np.int64)}
 
-    def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Take over the number of calls; on an error nothing has changed.
-
-        Raises
-        ------
-        ValueError
-            If it is missing, no integer, or negative, or if there is anything else.
-        """
-        check_state(self.state_dict(), state)
+    def _take(self, state: Mapping[str, Array]) -> None:
         calls = int(state["calls"])
         if calls < 0:
             raise ValueError(f"calls: expected a count; got {calls}")

@@ -7,11 +7,11 @@ from numpy.typing import DTypeLike
 
 from bncpu.backends import module_on
 from bncpu.nn.arguments import integer
-from bncpu.nn.base import Array, Layer, kept, present
+from bncpu.nn.base import Array, WeightedLayer, kept
 from bncpu.nn.initialization import gaussian
 
 
-class Linear(Layer):
+class Linear(WeightedLayer):
     """y = x W^T + b, for x of shape (n, in_features) and W of (out_features, in_features).
 
     Parameters
@@ -56,10 +56,8 @@ class Linear(Layer):
         self.out_features = integer("out_features", out_features, 1)
         module = module_on(device)
         weight = gaussian((self.out_features, self.in_features), rng=rng, std=std, dtype=dtype)
-        self.weight: Array = module.asarray(weight)
-        self.bias: Array | None = module.zeros(self.out_features, dtype) if bias else None
-        self.dweight: Array | None = None
-        self.dbias: Array | None = None
+        self.weight = module.asarray(weight)
+        self.bias = module.zeros(self.out_features, dtype) if bias else None
         self._x: Array | None = None
 
     def __repr__(self) -> str:
@@ -87,11 +85,3 @@ class Linear(Layer):
             self.dbias = dy.sum(axis=0)
         dx: Array = dy @ self.weight
         return dx
-
-    def parameters(self) -> dict[str, Array]:
-        """Return weight and, where there is one, bias."""
-        return present(weight=self.weight, bias=self.bias)
-
-    def gradients(self) -> dict[str, Array]:
-        """Return the gradients of weight and bias."""
-        return present(weight=self.dweight, bias=self.dbias)

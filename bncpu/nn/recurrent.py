@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike
 
 from bncpu.layer import BatchNorm
 from bncpu.nn.arguments import integer, real
-from bncpu.nn.base import Array, Layer, check_state, kept
+from bncpu.nn.base import Array, Layer, kept
 from bncpu.nn.initialization import gaussian
 
 # What a batch normalisation has of its own at a time step, by PyTorch's names.
@@ -216,24 +216,7 @@ class RNN(Layer):
                 state[f"{name}_{kind}"] = np.stack(rows)
         return state
 
-    def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Take over all arrays of `state`; on an error nothing has changed.
-
-        Raises
-        ------
-        ValueError
-            If a name is missing or unexpected, an array's shape or kind of dtype is another, or a
-            variance or a count is negative.
-        """
-        before = self.state_dict()
-        check_state(before, state)
-        try:
-            self._load(state)
-        except BaseException:  # a norm has checks of its own, and an interrupt comes anywhere
-            self._load(before)
-            raise
-
-    def _load(self, state: Mapping[str, Array]) -> None:
+    def _take(self, state: Mapping[str, Array]) -> None:
         for name, value in self._parameters.items():
             value[...] = state[name]
         for kind, norms in self._kinds():
