@@ -1,7 +1,8 @@
-"""Every instance of the CUDA kernels compiles for every architecture, and spills no register.
+"""Every instance of the CUDA kernels compiles, and spills no register.
 
-NVRTC is what CuPy compiles with; it needs no GPU. To see that all compile, quickly is good enough;
-as they will run, every instance is compiled once, for one of the architectures in turn.
+NVRTC is what CuPy compiles with; it needs no GPU. As it will run, every instance is compiled once,
+for one of the architectures in turn. Quickly, all are for the oldest, which has the fewest
+instructions, and for the newest; all for all would take a minute more and has found nothing else.
 """
 
 import itertools
@@ -24,10 +25,12 @@ pytestmark = pytest.mark.skipif(
 
 def _jobs():
     as_run = dict(zip(INSTANCES, itertools.cycle(ARCHITECTURES), strict=False))
+    quick = (ARCHITECTURES[0], ARCHITECTURES[-1])
     return [
         (*given, f"--gpu-architecture=sm_{number}", *(AS_RUN if number == as_run[given] else QUICK))
         for number in ARCHITECTURES
         for given in INSTANCES
+        if number in quick or number == as_run[given]
     ]
 
 
@@ -41,13 +44,13 @@ def compiled():
 
 
 @pytest.mark.parametrize("number", ARCHITECTURES)
-def test_every_instance_compiles(compiled, number):
+def test_instances_compile(compiled, number):
     of_it = {
         options: result
         for options, result in compiled.items()
         if f"--gpu-architecture=sm_{number}" in options
     }
-    assert len(of_it) == len(INSTANCES)
+    assert of_it
     for options, (log, size, _) in of_it.items():
         assert size > 0, f"{' '.join(options)}:\n{log}"
 
