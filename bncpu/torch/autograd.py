@@ -73,14 +73,15 @@ def batch_norm(x: Any, weight: Any, bias: Any, residual: Any, how: How) -> Any:
     tensors = (x, weight, bias, residual)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _BatchNorm.apply(x, weight, bias, residual, how)
-    return _tensor(_run(*tensors, how).y)
+    return _tensor(_run(_array(x), weight, bias, residual, how).y)
 
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, bias: Any, residual: Any, how: How) -> Any:
         mask = None if residual is None else torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
-        ran = _run(x, weight, bias, residual, how, mask, how.kept.take(_array(x)))
+        array = _array(x)
+        ran = _run(array, weight, bias, residual, how, mask, how.kept.take(array))
         how.kept.keep(ran.y)
         ctx.save_for_backward(x, weight, bias, mask)
         ctx.mean, ctx.spread = ran.mean, ran.spread
@@ -98,7 +99,7 @@ class _BatchNorm(torch.autograd.Function):
         how = ctx.how
         given = (_array(dy), _array(x), ctx.mean, ctx.spread)
         out = how.kept.take(given[1])
-        affine = (_parameter(weight, x), _parameter(bias, x))
+        affine = (_per_channel(weight), _per_channel(bias))
         options: dict[str, Any] = {
             "activation": "relu" if how.relu else None,
             "mask": None if mask is None else mask.numpy(),
@@ -122,9 +123,9 @@ class _BatchNorm(torch.autograd.Function):
 
 
 def _run(
-    x: Any, weight: Any, bias: Any, residual: Any, how: How, mask: Any = None, out: Any = None
+    x: Array, weight: Any, bias: Any, residual: Any, how: How, mask: Any = None, out: Any = None
 ) -> _Ran:
-    affine = (_parameter(weight, x), _parameter(bias, x))
+    affine = (_per_channel(weight), _per_channel(bias))
     options: dict[str, Any] = {
         "eps": how.eps,
         "residual": None if residual is None else _array(residual),
@@ -133,11 +134,11 @@ def _run(
         "out": out,
         "num_threads": torch.get_num_threads(),
     }
-    running: tuple[Any, Any] = (_statistic(how.running_mean), _statistic(how.running_var))
+    running: tuple[Any, Any] = (_per_channel(how.running_mean), _per_channel(how.running_var))
     if not how.trains:
-        return _Ran(batch_norm_infer(_array(x), *running, *affine, **options), *running)
+        return _Ran(batch_norm_infer(x, *running, *affine, **options), *running)
     ran = batch_norm_train(
-        _array(x),
+        x,
         *affine,
         running_mean=running[0],
         running_var=running[1],
@@ -198,7 +199,7 @@ def _passes(ctx: Any) -> Any:
         passing = batch_norm_infer_backward(np.ones_like(array), array, zeros, ones, **options)
         assert passing.dresidual is not None
         return _tensor(passing.dresidual)
-    affine = (_parameter(weight, x), _parameter(bias, x))
+    affine = (_per_channel(weight), _per_channel(bias))
     if how.trains:
         y = batch_norm_train(array, *affine, eps=how.eps, activation="relu").y
     else:
@@ -222,16 +223,10 @@ def _tensor(array: Array) -> Any:
     return torch.from_numpy(array)
 
 
-def _parameter(tensor: Any, x: Any) -> Array | None:
-    # The kernels take gamma and beta in what they compute in; a half model has them in its own.
+def _per_channel(tensor: Any) -> Array | None:
+    # The kernels take these in what they compute in; a half model has them in its own.
     if tensor is None:
         return None
-    array: Array = tensor.detach().to(torch.promote_types(x.dtype, torch.float32)).numpy()
-    return array
-
-
-def _statistic(tensor: Any) -> Array | None:
-    if tensor is None:
-        return None
+    tensor = tensor.detach()
     array: Array = (tensor.float() if tensor.dtype.itemsize == 2 else tensor).numpy()
     return array
