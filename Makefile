@@ -11,11 +11,11 @@ MINIMUM := 3.11
 
 BIN := $(VENV)/bin
 NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard bncpu/cpu/*.pyx bncpu/cpu/*.pxi bncpu/cpu/*.hpp)
-OURS := bncpu tests benchmarks setup.py
+OURS := bncpu tests benchmarks docs setup.py
 CPP := $(wildcard bncpu/cpu/*.hpp bncpu/cuda/*.cu tests/emulated_cuda/* benchmarks/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu lint format wheel clean
+.PHONY: help demo test bench gpu docs lint format wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,11 @@ bench: $(VENV)/.installed ## measure against all peers: JSON and figures into be
 gpu: ## with an NVIDIA GPU: build, test and measure there with PYTHON's own packages, without network (OUT=folder)
 	$(PYTHON) benchmarks/on_gpu.py --out $(or $(OUT),gpu)
 
+docs: $(VENV)/.installed-dev ## build the documentation into build/docs/html, without network; a warning is an error
+	$(BIN)/python -P -m sphinx --builder html --fail-on-warning --keep-going --nitpicky --quiet \
+	  --doctree-dir build/docs/doctrees docs build/docs/html
+	@echo "documentation: build/docs/html/index.html"
+
 lint: $(VENV)/.installed-dev ## check style, types, imports and the C++ and Cython sources
 	$(BIN)/ruff check $(OURS)
 	$(BIN)/ruff format --check $(OURS)
@@ -57,13 +62,13 @@ wheel: $(VENV)/.installed-dev ## build the sdist and, from it, the wheel into di
 clean: ## remove everything that was made here
 	rm -rf $(VENV) build dist gpu $(DEMO_OUT) $(BENCH_OUT) *.egg-info .benchmarks .coverage .hypothesis .*_cache
 	rm -f bncpu/cpu/*.so bncpu/cpu/*.pyd
-	find bncpu tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find bncpu tests benchmarks docs -name __pycache__ -prune -exec rm -rf {} +
 
 # An environment stays with the interpreter that made it.
 IDENTITY := import platform, sys; print(platform.python_version(), sys.base_prefix)
 ifneq ($(filter-out file,$(origin PYTHON)),)
 ifneq ($(wildcard $(VENV)/.created),)
-ifneq ($(filter demo test bench lint format wheel,$(MAKECMDGOALS)),)
+ifneq ($(filter demo test bench docs lint format wheel,$(MAKECMDGOALS)),)
 ifneq ($(shell cat $(VENV)/.created),$(shell $(PYTHON) -c '$(IDENTITY)'))
 $(error $(VENV) was made by Python $(shell cat $(VENV)/.created), not by $(PYTHON): `make clean`, or choose another with VENV=)
 endif

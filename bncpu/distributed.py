@@ -35,6 +35,14 @@ from bncpu.moments import Moments
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
+__all__ = [
+    "SyncBatchNorm",
+    "SyncTrainResult",
+    "batch_norm_backward",
+    "batch_norm_train",
+    "merge_moments",
+]
+
 _DESCRIPTION = 160  # bytes of a call's description in the check of BNCPU_DEBUG
 
 

@@ -338,8 +338,8 @@ def test_the_layer(rng, residual):
         assert_same_bits(back.state_dict()[name], a, name)
 
 
-def test_the_example_of_the_readme(rng):
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+def test_the_example_of_the_page(rng):
+    text = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"^```py\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     names = {"bncpu": bncpu, "x": normal(rng, (3, 64, 4), np.float32)}
     exec(example, names)

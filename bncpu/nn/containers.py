@@ -83,10 +83,10 @@ class Container(Layer):
 class Sequential(Container):
     """Apply layers one after another; parameters are named as in PyTorch, "0.weight" and so on.
 
-    A `Linear` or `Conv2d` directly before a `BatchNorm` should be made with ``bias=False``. Batch
-    normalisation subtracts the mean over the batch, and with it whatever constant b was added:
-    BN(Wu + b) = BN(Wu). The gradient of b is zero, and beta takes its part (Ioffe & Szegedy 2015,
-    section 3.2). A bias left there does no harm but is memory and time for nothing, and so is
+    A `Linear` or `Conv2d` directly before a `bncpu.BatchNorm` should be made with ``bias=False``.
+    Batch normalisation subtracts the mean over the batch, and with it whatever constant b was
+    added: BN(Wu + b) = BN(Wu). The gradient of b is zero, and beta takes its part (Ioffe & Szegedy
+    2015, section 3.2). A bias left there does no harm but is memory and time for nothing, and so is
     answered by one `UserWarning`.
 
     Parameters
