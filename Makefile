@@ -11,7 +11,7 @@ MINIMUM := 3.11
 
 BIN := $(VENV)/bin
 NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard bncpu/cpu/*.pyx bncpu/cpu/*.pxi bncpu/cpu/*.hpp)
-OURS := bncpu tests benchmarks docs setup.py
+OURS := bncpu tests benchmarks docs tools setup.py
 CPP := $(wildcard bncpu/cpu/*.hpp bncpu/cuda/*.cu tests/emulated_cuda/* benchmarks/*.cpp)
 
 .DEFAULT_GOAL := help
@@ -62,7 +62,7 @@ wheel: $(VENV)/.installed-dev ## build the sdist and, from it, the wheel into di
 clean: ## remove everything that was made here
 	rm -rf $(VENV) build dist gpu $(DEMO_OUT) $(BENCH_OUT) *.egg-info .benchmarks .coverage .hypothesis .*_cache
 	rm -f bncpu/cpu/*.so bncpu/cpu/*.pyd
-	find bncpu tests benchmarks docs -name __pycache__ -prune -exec rm -rf {} +
+	find bncpu tests benchmarks docs tools -name __pycache__ -prune -exec rm -rf {} +
 
 # An environment stays with the interpreter that made it.
 IDENTITY := import platform, sys; print(platform.python_version(), sys.base_prefix)
