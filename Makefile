@@ -15,10 +15,10 @@ OURS := bncpu tests benchmarks docs tools setup.py
 CPP := $(wildcard bncpu/cpu/*.hpp bncpu/cuda/*.cu tests/emulated_cuda/* benchmarks/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu docs lint format wheel clean
+.PHONY: help demo test test-large bench gpu docs lint format wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  PYTHON=python3.12 chooses the interpreter (now $(PYTHON)), VENV= the environment (now $(VENV))"
 
 demo: $(VENV)/.installed ## the paper's figure 1 on handwritten digits, with and without BN, then the speed of the kernels
@@ -27,6 +27,9 @@ demo: $(VENV)/.installed ## the paper's figure 1 on handwritten digits, with and
 
 test: $(VENV)/.installed ## run all tests (PYTEST_ARGS="-k layouts -x" narrows them)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-large: $(VENV)/.installed ## the tests of arrays beyond 2^31 elements: minutes, and up to 19 GB of memory
+	$(BIN)/python -m pytest -m large -rs $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed ## measure against all peers: JSON and figures into bench/ (BENCH_ARGS=--quick: sooner)
 	mkdir -p $(BENCH_OUT)
@@ -68,7 +71,7 @@ clean: ## remove everything that was made here
 IDENTITY := import platform, sys; print(platform.python_version(), sys.base_prefix)
 ifneq ($(filter-out file,$(origin PYTHON)),)
 ifneq ($(wildcard $(VENV)/.created),)
-ifneq ($(filter demo test bench docs lint format wheel,$(MAKECMDGOALS)),)
+ifneq ($(filter demo test test-large bench docs lint format wheel,$(MAKECMDGOALS)),)
 ifneq ($(shell cat $(VENV)/.created),$(shell $(PYTHON) -c '$(IDENTITY)'))
 $(error $(VENV) was made by Python $(shell cat $(VENV)/.created), not by $(PYTHON): `make clean`, or choose another with VENV=)
 endif

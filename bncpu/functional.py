@@ -636,23 +636,21 @@ def update_running(
 ) -> None:
     """Move checked running statistics in place towards those of a batch of m > 1 values."""
     # Statistics beyond float32 become infinite there, as IEEE arithmetic has it; no warning is
-    # owed, and one that is an error must not come between the two.
+    # owed, and one that is an error must not come between the two. Nor must anything else: what
+    # needs memory is done before, and an interrupt waits for a call or the next turn of a loop.
     with np.errstate(all="ignore"):
-        for old, new in zip(running, (mean, var * (m / (m - 1))), strict=True):
-            kept = np.multiply(old, 1 - momentum, dtype=np.float64)
-            old[...] = kept + momentum * new
+        new_mean, new_var = (
+            (np.multiply(old, 1 - momentum, dtype=np.float64) + momentum * new).astype(old.dtype)
+            for old, new in zip(running, (mean, var * (m / (m - 1))), strict=True)
+        )
+        running_mean, running_var = running
+        running_mean[...] = new_mean
+        running_var[...] = new_var
 
 
-def _dresidual_of_kernels(
-    dresidual: NDArray[Any] | None, dy: NDArray[Any], relu: bool
-) -> NDArray[Any] | None:
-    # Without an activation dresidual is dy, which is brought there before dx takes its place.
-    if dresidual is None or relu:
-        return dresidual
-    if dresidual is not dy:
-        to, source = as_stored((dresidual, dy))
-        to[...] = source  # type: ignore[index]  # neither is None
-    return None
+def _copy(array: NDArray[Any], to: NDArray[Any] | None) -> None:
+    source, there = as_stored((array, to))
+    there[...] = source  # type: ignore[index]  # neither is None
 
 
 def _new_vectors(
@@ -683,14 +681,21 @@ def _backward(
     dx = arguments.output(out, x, read, may_be=("dy",))
     dresidual = arguments.residual_gradient(residual, x, dy, dx, relu, mask, read)
 
-    dz = _dresidual_of_kernels(dresidual, dy, relu)
+    # Without an activation dresidual is dy, or a copy of it, made when all else has its memory.
+    dz = dresidual if relu else None
     # The kernels of a GPU round what they return themselves: a cast would be one more launch.
     dtype = arguments.parameter_dtype(x) if on_gpu(x) else arguments.FLOAT64
     dgamma, dbeta = _new_vectors(x, over, dtype)
     if x.size:
         walk = problem(over.axes, (x, dy), (dx, dz), mask)
+        copies = dresidual is not dz and dresidual is not dy
+        first = copies and overlap(dx, dy)  # before dx takes the place of dy
+        if first:
+            _copy(dy, dresidual)
         kernel(walk.geometry, *walk.arrays, relu, *parameters, dgamma, dbeta, threads)
         walk.finish()
+        if copies and not first:
+            _copy(dy, dresidual)
     return _gradients(dx, dgamma, dbeta, dresidual, over)
 
 

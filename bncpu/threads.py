@@ -1,13 +1,13 @@
-"""How many threads a call uses, the guard against forked children, and show_config.
+"""How many threads a call uses, and show_config.
 
 The most specific wish wins: num_threads= of a call, then set_num_threads, then OpenMP's own number
-(OMP_NUM_THREADS, or a limit that threadpoolctl sets).
+(OMP_NUM_THREADS, or a limit that threadpoolctl sets in the thread that calls). In a forked child it
+is one, whatever is wished: bncpu.cpu.team says why, and one thread needs no others.
 """
 
 from __future__ import annotations
 
 import operator
-import os
 import platform
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 
 from bncpu import cpu
 from bncpu.backends import gpus
+from bncpu.cpu.team import forked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,7 +33,6 @@ class _Wish(NamedTuple):
 
 
 _wish: _Wish | None = None
-_forked = False
 
 
 def set_num_threads(n: SupportsIndex | None) -> None:
@@ -53,7 +53,13 @@ def set_num_threads(n: SupportsIndex | None) -> None:
     Notes
     -----
     Holds for all Python threads of the process and touches no other library's OpenMP setting. A
-    lower limit that is set on OpenMP afterwards (threadpoolctl) is still respected.
+    lower limit that is set on OpenMP afterwards is still respected: that of threadpoolctl's
+    ``threadpool_limits`` holds in the thread that enters it, so a worker of a pool of threads
+    limits its own calls and nobody else's. `num_threads` of a call goes before both.
+
+    A process can hold more than it has cores, each thread of a pool having a team of its own; limit
+    the calls of P threads to a P-th of the cores. A child that was forked computes on one thread,
+    as `get_num_threads` says.
 
     Examples
     --------
@@ -70,13 +76,20 @@ def set_num_threads(n: SupportsIndex | None) -> None:
 def get_num_threads() -> int:
     """Return the number of threads that a call uses if it does not say num_threads=.
 
+    Notes
+    -----
+    In a child that was forked (multiprocessing's "fork", a server that forks its workers) it is 1,
+    and so it is for calls that say num_threads=: the threads of OpenMP stay behind in the parent.
+    Results are bitwise the same. Children that are spawned, those of a fork server that had not
+    imported bncpu, and joblib's processes have all threads.
+
     Examples
     --------
     >>> import bncpu
     >>> bncpu.get_num_threads() >= 1
     True
     """
-    if _forked:
+    if forked():
         return 1
     openmp: int = cpu.kernels.max_threads()
     if _wish is None:
@@ -112,7 +125,7 @@ def threads_for_call(num_threads: SupportsIndex | None) -> int:
     if num_threads is None:
         return get_num_threads()
     value = checked(num_threads)
-    return 1 if _forked else value
+    return 1 if forked() else value
 
 
 def share_out(work: Callable[[int], object], num_threads: int) -> None:
@@ -121,22 +134,11 @@ def share_out(work: Callable[[int], object], num_threads: int) -> None:
     Python code of several threads takes turns; NumPy's on large arrays does not. An exception is
     raised when all are done.
     """
-    if _forked or num_threads < 2:
+    if num_threads < 2 or forked():
         for i in range(num_threads):
             work(i)
     else:
         cpu.team.share_out(work, num_threads, num_threads)
-
-
-def _after_fork_in_child() -> None:
-    # GNU OpenMP's threads do not survive a fork, and a parallel region in the child waits for them
-    # for ever. One thread needs none of them.
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def config() -> dict[str, object]:

@@ -322,6 +322,10 @@ cdef int run(Job[storage]& job, Parameters& given, Operation operation, Shape sh
     cdef double* memory = <double*> malloc(size)
     if memory == NULL:
         raise MemoryError(f"{size} bytes for partial sums")
+    # From here on nothing fails, and results are written.
+    if job.mask != NULL and (operation == OPERATION_TRAIN or operation == OPERATION_INFER):
+        # The bits beyond the last element: no run of elements owns them.
+        job.mask[(channels * values_of(job.grid.shape) - 1) // 8] = 0
     job.channels.mean = mean
     job.channels.invstd = memory if invstd == NULL else invstd
     job.channels.scale = memory + channels
@@ -414,7 +418,6 @@ def train(geometry, x, residual, y, uint8_t[::1] mask, bint relu, const double[:
     cdef Parameters given = Parameters(pointer(gamma), pointer(beta), &var[0], NULL, NULL, eps,
                                        bits(mask), relu)
     cdef Arrays arrays = Arrays(geometry, x, residual, None, y, None)
-    clear_last(mask)
     dispatch(OPERATION_TRAIN, geometry, arrays, &mean[0], &invstd[0], given, num_threads)
 
 
@@ -425,14 +428,7 @@ def infer(geometry, x, residual, y, uint8_t[::1] mask, bint relu, const double[:
     cdef Parameters given = Parameters(pointer(gamma), pointer(beta), pointer(var), NULL, NULL, eps,
                                        bits(mask), relu)
     cdef Arrays arrays = Arrays(geometry, x, residual, None, y, None)
-    clear_last(mask)
     dispatch(OPERATION_INFER, geometry, arrays, pointer(mean), NULL, given, num_threads)
-
-
-cdef inline void clear_last(uint8_t[::1] mask) noexcept:
-    # The bits beyond the last element: no run of elements owns them.
-    if mask is not None:
-        mask[mask.shape[0] - 1] = 0
 
 
 def backward(geometry, x, dy, dx, dresidual, const uint8_t[::1] mask, bint relu,

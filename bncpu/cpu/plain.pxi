@@ -319,8 +319,6 @@ def plain_train(x, gamma, beta, running_mean, running_var, momentum, eps, axis, 
     mean = new_vector(call.shape.channels, &call.mean)
     invstd = new_vector(call.shape.channels, &call.invstd)
     call.given.var = call.vector()
-    if mask is not None:
-        clear_last(mask)
     call.run(OPERATION_TRAIN, threads)
     if update:
         move_towards(running_mean, call.mean, 1, weight, call.shape.channels)
@@ -344,8 +342,6 @@ def plain_infer(x, mean, var, gamma, beta, eps, axis, residual, activation, mask
             and (out is None or call.take_result(out, may_be, &call.out))):
         return None
     y = call.new_result(&call.out) if out is None else out
-    if mask is not None:
-        clear_last(mask)
     call.run(OPERATION_INFER, threads)
     return y
 

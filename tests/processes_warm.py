@@ -1,0 +1,5 @@
+"""What a fork server preloads (processes.py): its threads have computed before it forks."""
+
+from processes import work
+
+work()
