@@ -7,6 +7,7 @@ PYTEST_ARGS ?=
 DEMO_OUT ?= demo
 BENCH_OUT ?= bench
 BENCH_ARGS ?=
+EMULATE ?= conroe nehalem haswell aarch64
 MINIMUM := 3.11
 
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ OURS := bncpu tests benchmarks docs tools setup.py
 CPP := $(wildcard bncpu/cpu/*.hpp bncpu/cuda/*.cu tests/emulated_cuda/* benchmarks/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-large bench gpu docs lint format wheel clean
+.PHONY: help demo test test-large bench gpu emulate docs lint format wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +41,9 @@ bench: $(VENV)/.installed ## measure against all peers: JSON and figures into be
 
 gpu: ## with an NVIDIA GPU: build, test and measure there with PYTHON's own packages, without network (OUT=folder)
 	$(PYTHON) benchmarks/on_gpu.py --out $(or $(OUT),gpu)
+
+emulate: ## the kernels' tests as on other processors, under QEMU (EMULATE="aarch64": that one alone)
+	for machine in $(EMULATE); do $(PYTHON) tools/emulate.py $$machine || exit 1; done
 
 docs: $(VENV)/.installed-dev ## build the documentation into build/docs/html, without network; a warning is an error
 	$(BIN)/python -P -m sphinx --builder html --fail-on-warning --keep-going --nitpicky --quiet \

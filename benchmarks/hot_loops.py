@@ -107,6 +107,8 @@ def why_not(level):
         return f"{module_of(level).name} is not an ELF file"
     if shutil.which("objdump") is None:
         return "there is no objdump (binutils)"
+    if b"clang version" in module_of(level).read_bytes():
+        return f"{module_of(level).name} is Clang's, which lays out loops in other ways than GCC"
     return None
 
 

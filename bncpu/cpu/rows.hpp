@@ -173,7 +173,7 @@ class RowsMap {
         : target{make(r)...}, n(n) {
         if (!streamed) return;
         const auto before = [&](int64_t bytes) {
-            return (int64_t)(-(uintptr_t)target[0].out % bytes / sizeof(S));
+            return (int64_t)(-(uintptr_t)target[0].out % (uintptr_t)bytes / sizeof(S));
         };
         if (const int64_t head = before(kStreamBytes<S>)) part(std::min(head, n));
         if (kAtOnce > 1)

@@ -28,19 +28,29 @@
 #define BNCPU_VECTOR_BYTES 16
 #endif
 
+// What is not standard C++ is behind these few names, here and in storage.hpp. Under Windows, Clang
+// has the extensions without being GNU. With BNCPU_PLAIN_VECTORS any compiler takes the way of one
+// that has none, so that it can be tested where there is no such compiler.
+#if defined(__GNUC__) || defined(__clang__)
+#define BNCPU_GNU 1
+#if !defined(BNCPU_PLAIN_VECTORS)
+#define BNCPU_VECTORS 1
+#endif
+#endif
+
 // The instructions spelled out below, where vector types convert to the intrinsics' types.
-#if defined(__GNUC__) && defined(__AVX512F__)
+#if defined(BNCPU_VECTORS) && defined(__AVX512F__)
 #define BNCPU_AVX512 1
-#elif defined(__GNUC__) && defined(__AVX2__) && defined(__FMA__)
+#elif defined(BNCPU_VECTORS) && defined(__AVX2__) && defined(__FMA__)
 #define BNCPU_AVX2 1
-#elif defined(__GNUC__) && defined(__SSE2__)
+#elif defined(BNCPU_VECTORS) && defined(__SSE2__)
 #define BNCPU_SSE2 1
-#elif defined(__GNUC__) && defined(__aarch64__)
+#elif defined(BNCPU_VECTORS) && defined(__aarch64__)
 #define BNCPU_NEON 1
 #endif
 
 // For what a loop must take in whole: only then do its values stay in registers.
-#if defined(__GNUC__)
+#if defined(BNCPU_GNU)
 #define BNCPU_INLINE inline __attribute__((always_inline))
 #define BNCPU_INLINE_LAMBDA __attribute__((always_inline))
 #else
@@ -51,7 +61,7 @@
 // The functions that hold the hot loops keep their names in the compiled module, and so do the slow
 // ones beside them: one call for some thousand values costs nothing, and what became of each loop
 // can be looked up.
-#if defined(__GNUC__)
+#if defined(BNCPU_GNU)
 #define BNCPU_HOT __attribute__((noinline))
 #else
 #define BNCPU_HOT __declspec(noinline)
@@ -60,7 +70,7 @@
 namespace bncpu {
 namespace {
 
-#if defined(__GNUC__)
+#if defined(BNCPU_VECTORS)
 template <class T>
 struct Lanes {
     typedef T type __attribute__((vector_size(BNCPU_VECTOR_BYTES)));
@@ -76,6 +86,27 @@ struct Lanes {
 };
 #endif
 
+#if defined(BNCPU_VECTORS) && defined(__clang__) && defined(__x86_64__)
+// A store past the caches. Clang knows the intrinsics' as ordinary stores with a mark, which is
+// lost where it merges one with another or folds a conversion into it, and a line that is written
+// both ways takes several times as long.
+#define BNCPU_CLANG_STREAM 1
+template <class V>
+BNCPU_INLINE void stream_whole(V v, void* p) {
+    if constexpr (sizeof(V) == 8) {
+        uint64_t word;
+        std::memcpy(&word, &v, sizeof word);
+        __asm__("movnti %1, %0" : "=m"(*(V*)p) : "r"(word));
+    } else {
+#if defined(__AVX__)
+        __asm__("vmovntps %1, %0" : "=m"(*(V*)p) : "v"(v));
+#else
+        __asm__("movntps %1, %0" : "=m"(*(V*)p) : "x"(v));
+#endif
+    }
+}
+#endif
+
 template <class T>
 struct Vec {
     using type = typename Lanes<T>::type;
@@ -83,7 +114,7 @@ struct Vec {
     type v;
 
     static Vec all(T value) {
-#if defined(__GNUC__)
+#if defined(BNCPU_VECTORS)
         return {value - type{}};  // not type{} + value, which would turn -0 into +0
 #else
         Vec r;
@@ -140,7 +171,9 @@ struct Vec {
     // Past the caches, straight to memory; p is aligned to the vector. Needs store_fence() before
     // another thread may read. A plain store where the level has nothing better.
     void stream(T* p) const {
-#if defined(BNCPU_AVX512)
+#if defined(BNCPU_CLANG_STREAM)
+        stream_whole(v, p);
+#elif defined(BNCPU_AVX512)
         _mm512_stream_si512((__m512i*)p, (__m512i)v);
 #elif defined(BNCPU_AVX2)
         _mm256_stream_si256((__m256i*)p, (__m256i)v);
@@ -195,7 +228,7 @@ struct Vec {
 template <class T>
 struct Wide {
     static constexpr int lanes = Vec<T>::lanes;
-#if defined(__GNUC__)
+#if defined(BNCPU_VECTORS)
     typedef double type __attribute__((vector_size(lanes * sizeof(double))));
     type v = {};
 #else
@@ -212,7 +245,7 @@ struct Wide {
     // The first n values, halves upon halves.
     template <int n>
     static double tree(const double* part) {
-#if defined(__GNUC__)
+#if defined(BNCPU_VECTORS)
         if constexpr (n * sizeof(double) > 16) {
             typedef double half __attribute__((vector_size(n / 2 * sizeof(double))));
             half low, high;
@@ -233,7 +266,7 @@ struct Wide {
 template <class T>
 inline auto Vec<T>::wide() const {
     Wide<T> r;
-#if defined(__GNUC__)
+#if defined(BNCPU_VECTORS)
     r.v = __builtin_convertvector(v, typename Wide<T>::type);
 #else
     for (int i = 0; i < lanes; ++i) r.v[i] = (double)v[i];
@@ -241,7 +274,7 @@ inline auto Vec<T>::wide() const {
     return r;
 }
 
-#if defined(__GNUC__)
+#if defined(BNCPU_VECTORS)
 template <class T>
 inline Vec<T> operator+(Vec<T> a, Vec<T> b) {
     return {a.v + b.v};
@@ -316,7 +349,7 @@ inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 // The lesser lanes replaced: floor > v ? floor : v, so that NaN stays NaN.
 template <class T>
 inline Vec<T> at_least(Vec<T> floor, Vec<T> v) {
-#if defined(__GNUC__)
+#if defined(BNCPU_VECTORS)
     return {floor.v > v.v ? floor.v : v.v};
 #else
     for (int i = 0; i < Vec<T>::lanes; ++i) v.v[i] = floor.v[i] > v.v[i] ? floor.v[i] : v.v[i];
@@ -327,7 +360,7 @@ inline Vec<T> at_least(Vec<T> floor, Vec<T> v) {
 // v where `sign` is above the limit or NaN, 0 elsewhere.
 template <class T>
 inline Vec<T> where_above(Vec<T> sign, Vec<T> limit, Vec<T> v) {
-#if defined(__GNUC__)
+#if defined(BNCPU_VECTORS)
     return {sign.v <= limit.v ? Vec<T>::all(0).v : v.v};
 #else
     for (int i = 0; i < Vec<T>::lanes; ++i) v.v[i] = sign.v[i] <= limit.v[i] ? (T)0 : v.v[i];
@@ -370,7 +403,7 @@ inline Vec<T> where_set(uint32_t bits, Vec<T> v) {
         return {(typename Vec<T>::type)_mm512_maskz_mov_ps((__mmask16)bits, (__m512)v.v)};
     else
         return {(typename Vec<T>::type)_mm512_maskz_mov_pd((__mmask8)bits, (__m512d)v.v)};
-#elif defined(__GNUC__)
+#elif defined(BNCPU_VECTORS)
     using word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
     typedef word words __attribute__((vector_size(BNCPU_VECTOR_BYTES)));
     words lane;
@@ -385,14 +418,14 @@ inline Vec<T> where_set(uint32_t bits, Vec<T> v) {
 
 // Asks for the cache line of p, which need not be valid: into L1, or no nearer than L2.
 inline void prefetch(const void* p) {
-#if defined(__GNUC__)
+#if defined(BNCPU_GNU)
     __builtin_prefetch(p, 0, 3);
 #elif defined(_M_X64)
     _mm_prefetch((const char*)p, _MM_HINT_T0);
 #endif
 }
 inline void prefetch_l2(const void* p) {
-#if defined(__GNUC__)
+#if defined(BNCPU_GNU)
     __builtin_prefetch(p, 0, 2);
 #elif defined(_M_X64)
     _mm_prefetch((const char*)p, _MM_HINT_T1);

@@ -40,7 +40,7 @@ constexpr float kStoredAsZero<BFloat16> = 0x1p-134f;
 // ---- One vector of 16-bit values
 // -----------------------------------------------------------------
 
-#if defined(__GNUC__)
+#if defined(BNCPU_VECTORS)
 typedef uint16_t PackedBits __attribute__((vector_size(BNCPU_VECTOR_BYTES / 2)));
 typedef uint32_t Bits __attribute__((vector_size(BNCPU_VECTOR_BYTES)));
 #else
@@ -96,7 +96,7 @@ inline U bfloat16_from_float(F value) {
 
 // The bits of each value in a lane of 32, and back. Spelled out where GCC takes three shuffles for
 // one, as GCC 12 does.
-#if defined(__GNUC__)
+#if defined(BNCPU_VECTORS)
 inline Bits spread_bits(PackedBits packed) {
 #if defined(BNCPU_AVX512)
     return (Bits)_mm512_maskz_cvtepu16_epi32((__mmask16)0xffff, (__m256i)packed);
@@ -124,7 +124,7 @@ inline Vec<float> widen(Half, PackedBits packed) {
     return {(Vec<float>::type)_mm256_cvtph_ps((__m128i)packed)};
 #elif defined(BNCPU_NEON)
     return {(Vec<float>::type)vcvt_f32_f16((float16x4_t)packed)};
-#elif defined(__GNUC__)
+#elif defined(BNCPU_VECTORS)
     return {half_to_float<Vec<float>::type>(spread_bits(packed))};
 #else
     Vec<float> r;
@@ -134,7 +134,7 @@ inline Vec<float> widen(Half, PackedBits packed) {
 }
 
 inline Vec<float> widen(BFloat16, PackedBits packed) {
-#if defined(__GNUC__)
+#if defined(BNCPU_VECTORS)
     return {bits_of<Vec<float>::type>(spread_bits(packed) << 16)};
 #else
     Vec<float> r;
@@ -151,7 +151,7 @@ inline PackedBits narrow(Half, Vec<float> v) {
     return (PackedBits)_mm256_cvtps_ph((__m256)v.v, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(BNCPU_NEON)
     return (PackedBits)vcvt_f16_f32((float32x4_t)v.v);
-#elif defined(__GNUC__)
+#elif defined(BNCPU_VECTORS)
     return pack_bits(half_from_float<Vec<float>::type, Bits>(v.v));
 #else
     PackedBits r;
@@ -162,7 +162,7 @@ inline PackedBits narrow(Half, Vec<float> v) {
 }
 
 inline PackedBits narrow(BFloat16, Vec<float> v) {
-#if defined(__GNUC__)
+#if defined(BNCPU_VECTORS)
     return pack_bits(bfloat16_from_float<Vec<float>::type, Bits>(v.v));
 #else
     PackedBits r;
@@ -244,7 +244,9 @@ template <class S>
 inline void stream(VecOf<S> v, S* p) {
     if constexpr (kIsHalf<S>) {
         const PackedBits packed = narrow(S{}, v);
-#if defined(BNCPU_AVX512)
+#if defined(BNCPU_CLANG_STREAM)
+        stream_whole(packed, p);
+#elif defined(BNCPU_AVX512)
         _mm256_stream_si256((__m256i*)p, (__m256i)packed);
 #elif defined(BNCPU_AVX2)
         _mm_stream_si128((__m128i*)p, (__m128i)packed);
