@@ -8,6 +8,7 @@ DEMO_OUT ?= demo
 BENCH_OUT ?= bench
 BENCH_ARGS ?=
 EMULATE ?= conroe nehalem haswell aarch64
+FUZZ_ARGS ?=
 MINIMUM := 3.11
 
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ OURS := bncpu tests benchmarks docs tools setup.py
 CPP := $(wildcard bncpu/cpu/*.hpp bncpu/cuda/*.cu tests/emulated_cuda/* benchmarks/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-large bench gpu emulate docs lint format wheel clean
+.PHONY: help demo test fuzz test-large bench gpu emulate docs lint format wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +32,9 @@ test: $(VENV)/.installed ## run all tests (PYTEST_ARGS="-k layouts -x" narrows t
 
 test-large: $(VENV)/.installed ## the tests of arrays beyond 2^31 elements: minutes, and up to 19 GB of memory
 	$(BIN)/python -m pytest -m large -rs $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.installed ## 100,000 random calls against the reference (FUZZ_ARGS="--seed 1 --examples 5000")
+	$(BIN)/python tools/fuzz_calls.py $(FUZZ_ARGS)
 
 bench: $(VENV)/.installed ## measure against all peers: JSON and figures into bench/ (BENCH_ARGS=--quick: sooner)
 	mkdir -p $(BENCH_OUT)
@@ -75,7 +79,7 @@ clean: ## remove everything that was made here
 IDENTITY := import platform, sys; print(platform.python_version(), sys.base_prefix)
 ifneq ($(filter-out file,$(origin PYTHON)),)
 ifneq ($(wildcard $(VENV)/.created),)
-ifneq ($(filter demo test test-large bench docs lint format wheel,$(MAKECMDGOALS)),)
+ifneq ($(filter demo test fuzz test-large bench docs lint format wheel,$(MAKECMDGOALS)),)
 ifneq ($(shell cat $(VENV)/.created),$(shell $(PYTHON) -c '$(IDENTITY)'))
 $(error $(VENV) was made by Python $(shell cat $(VENV)/.created), not by $(PYTHON): `make clean`, or choose another with VENV=)
 endif

@@ -304,9 +304,17 @@ class BatchNorm:
             if name == "num_batches_tracked" and not (0 <= value < 2**63 and value % 1 == 0):
                 raise ValueError(f"{name}: expected a count; got {value}")
             new[name] = value
-        self.num_batches_tracked = int(new.pop("num_batches_tracked", 0))
+        count = int(new.pop("num_batches_tracked", 0))
+        # Converted before anything is taken over: numbers beyond float32 become infinite there,
+        # and a warning that is an error must not come between two arrays.
+        with np.errstate(all="ignore"):
+            new = {
+                name: array_module(own[name]).asarray(value, dtype=own[name].dtype)
+                for name, value in new.items()
+            }
         for name, value in new.items():
-            own[name][...] = array_module(own[name]).asarray(value)
+            own[name][...] = value
+        self.num_batches_tracked = count
 
     def _check(self, x: Any) -> None:
         # The functions would blame gamma or the running statistics, which nobody passed.

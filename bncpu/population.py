@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from bncpu.progress import bar
 
 # Of a file, in a block: long enough to make a call's cost nothing, short enough for last caches.
 BLOCK_BYTES = 1 << 23
+# Bytes of a header, in which a shape of 64 axes takes 1500.
+MAX_HEADER = 1 << 16
 
 
 class ArrayFile(NamedTuple):
@@ -110,7 +112,10 @@ def file_moments(
     Moments(count=3, mean=array([3., 5.]), m2=array([8., 0.]))
     """
     shape = files[0].channels.shape
-    moments = Moments(0, np.zeros(shape), np.zeros(shape))
+    # Where there is no value, nothing but a header says how many channels there are.
+    there_is_some = any(file.bytes for file in files)
+    zero = np.zeros(shape) if there_is_some else np.broadcast_to(np.float64(0), shape)
+    moments = Moments(0, zero, zero)
     size = sum(size for _, _, size in _part(files, part, parts))
     with bar(size, "moments", progress, unit="B", unit_scale=True) as shown:
         for file, block, size in _part(files, part, parts):
@@ -148,15 +153,18 @@ def _open(path: str, axis: int | tuple[int, ...]) -> ArrayFile:
                     "ignore"
                 )  # of headers by Python 2, which are read all the same
                 version = np.lib.format.read_magic(file)
+                _check_header_size(file, version)
                 read = (
                     np.lib.format.read_array_header_1_0
                     if version == (1, 0)
                     else np.lib.format.read_array_header_2_0
                 )
                 shape, fortran_order, dtype = read(file)
-        except (ValueError, EOFError, OSError) as error:
-            raise ValueError(f"{path}: damaged, or not a .npy file ({error})") from error
+        except Exception as error:  # a header is read as Python is, and what that raises is many
+            raise ValueError(f"{path}: damaged, or not a .npy file ({error!s:.200})") from error
         size = os.fstat(file.fileno()).st_size - file.tell()
+    if not all(type(n) is int and n >= 0 for n in shape):  # True is an int to NumPy's reader
+        raise ValueError(f"{path}: damaged; its header promises the shape {shape!s:.80}")
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise ValueError(
             f"{path}: expected numbers of at most 64 bits; got dtype {dtype}"
@@ -170,9 +178,20 @@ def _open(path: str, axis: int | tuple[int, ...]) -> ArrayFile:
     try:
         # The shape alone decides; an array of it that takes no memory stands for the file's.
         channels = arguments.channels(np.broadcast_to(np.float32(0), shape), axis)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {str(error).replace('for x of', 'for an array of')}") from error
     return ArrayFile(path, shape, dtype, fortran_order, channels)
+
+
+def _check_header_size(file: BinaryIO, version: tuple[int, int]) -> None:
+    """Refuse a header longer than any that NumPy writes, before memory is made for it."""
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise ValueError(f"version {version} of the format is not known")
+    start = file.tell()
+    size = int.from_bytes(file.read(2 if version == (1, 0) else 4), "little")
+    file.seek(start)
+    if size > MAX_HEADER:
+        raise ValueError(f"its header would have {size} bytes")
 
 
 def _cut(

@@ -17,6 +17,7 @@ from cases import FLOATS, HALVES, parameter_dtype
 from forms import FORMS, Problem, run, run_and_check
 from hypothesis import example, given
 from hypothesis.extra import numpy as hnp
+from wild import axes_of, channel_shape, shapes, views
 
 import bncpu
 import bncpu.cpu
@@ -25,45 +26,6 @@ from bncpu import reference
 LEVELS = st.sampled_from(bncpu.cpu.runnable_levels())
 DTYPES = st.sampled_from(FLOATS)
 MIB = 1 << 20
-
-
-@st.composite
-def axes_of(draw, ndim):
-    """Draw an axis, or a tuple of some, counted from either end."""
-    some = draw(st.permutations(range(ndim)))[: draw(st.integers(1, ndim))]
-    some = [a - ndim * draw(st.booleans()) for a in some]
-    return some[0] if len(some) == 1 and draw(st.booleans()) else tuple(some)
-
-
-@st.composite
-def shapes(draw):
-    """Draw a shape whose sizes like to stand beside vector widths, of a few thousand elements."""
-    size = st.one_of(
-        st.integers(0, 6), st.sampled_from([7, 8, 9, 15, 16, 17, 31, 32, 33, 49, 65, 97])
-    )
-    shape = draw(st.lists(size, min_size=1, max_size=5))
-    while math.prod(shape) > 5000:
-        shape[shape.index(max(shape))] //= 4
-    return tuple(shape)
-
-
-@st.composite
-def views(draw, shape, dtype):
-    """Draw an array of that shape that looks at a larger one in any order, direction and step."""
-    order = draw(st.permutations(range(len(shape))))
-    steps = [draw(st.sampled_from([1, 1, 1, 2, -1, -2, 3])) for _ in shape]
-    margins = [draw(st.integers(0, 2)) for _ in shape]
-    sizes = [n * abs(s) + 2 * m for n, s, m in zip(shape, steps, margins, strict=True)]
-    base = np.full([sizes[a] for a in order], 77.0, dtype).transpose(np.argsort(order))
-    return base[
-        tuple(
-            slice(m, m + n * abs(s), abs(s)) for n, s, m in zip(shape, steps, margins, strict=True)
-        )
-    ][tuple(slice(None, None, -1 if s < 0 else 1) for s in steps)]
-
-
-def channel_shape(shape, axis):
-    return tuple(shape[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
 
 
 @st.composite

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 # Deflate cannot shrink anything further than this, so a gzipped file bounds what it may hold.
 MAX_DEFLATE_RATIO = 1032
+# Nor is more than this believed of one: 700,000 images of MNIST's size are half of it, and a
+# megabyte of zipped zeros is all of it.
+MAX_UNZIPPED = 1 << 30
 VARIABLE = "BNCPU_DATA"
 PIECE = 1 << 20  # bytes, what a file is read by where it is not kept
 

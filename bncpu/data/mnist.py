@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bncpu.data.dataset import Dataset, shard
-from bncpu.data.files import MAX_DEFLATE_RATIO, find, named_folder, opened, read_bytes, zipped
+from bncpu.data.files import (
+    MAX_DEFLATE_RATIO,
+    MAX_UNZIPPED,
+    find,
+    named_folder,
+    opened,
+    read_bytes,
+    zipped,
+)
 
 UNSIGNED_BYTE = 0x08
 
@@ -195,7 +203,7 @@ def _shape(file: io.BufferedIOBase, path: Path, dimensions: int) -> tuple[int, .
         raise ValueError(f"{path}: cut short within its header")
     shape = struct.unpack(f">{dimensions}I", header[4:])
     count, size = math.prod(shape), path.stat().st_size
-    there = size * MAX_DEFLATE_RATIO if zipped(path) else size - len(header)
+    there = min(size * MAX_DEFLATE_RATIO, MAX_UNZIPPED) if zipped(path) else size - len(header)
     if count > there or (not zipped(path) and count != there):
         bound = "at most" if zipped(path) else "exactly"
         raise ValueError(f"{path}: its header promises {count} bytes, it holds {bound} {there}")

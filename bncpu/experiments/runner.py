@@ -9,6 +9,7 @@ computes is none of this file's business.
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -140,8 +141,11 @@ class Kept:
         try:
             found = json.loads(self._path(settings).read_bytes())
             if found["identity"] == self.identity and found["settings"] == settings:
-                return Result(settings, dict(found["measured"]), float(found["seconds"]))
-        except (FileNotFoundError, ValueError, TypeError, KeyError):
+                measured, seconds = found["measured"], float(found["seconds"])
+                if isinstance(measured, dict) and 0 <= seconds < math.inf:
+                    return Result(settings, json_of(measured, "measured"), seconds)
+        # JSON holds numbers that no float does, and is read by a function that calls itself.
+        except (FileNotFoundError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
             pass  # what is not a result is measured again
         return None
 

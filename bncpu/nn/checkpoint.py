@@ -157,8 +157,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             for name in names:
                 dtype = file.get_slice(name).get_dtype()
                 if dtype not in ("F32", "F64", "I64"):
-                    raise ValueError(f"{path}: {name} has dtype {dtype}, which no layer has")
-            arrays = {name: file.get_tensor(name) for name in names}
+                    raise ValueError(f"{path}: {name:.80} has dtype {dtype}, which no layer has")
+            arrays = {name: _array(path, file, name) for name in names}
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path}: damaged, cut short, or not a safetensors file ({error})"
@@ -188,17 +188,29 @@ def _description(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
         raise ValueError(f"{path}: its description is damaged ({error})") from error
     if not isinstance(description, dict):
         raise ValueError(f"{path}: its description is damaged (not a mapping)")
-    if description.get("version") != VERSION:
+    version = description.get("version")
+    if type(version) is not int or version != VERSION:
         raise ValueError(
-            f"{path}: a checkpoint of version {description.get('version')}; this bncpu reads "
-            f"version {VERSION}"
+            f"{path}: a checkpoint of version {version!s:.40}; this bncpu reads version {VERSION}"
         )
     for name, kind in (("step", int), ("seed", int), ("architecture", list), ("settings", dict)):
         value = description.get(name)
         bad = type(value) is not kind or (kind is int and description[name] < 0)
         if bad or (name == "step" and description[name] > MAX_STEP):
             raise ValueError(f"{path}: its description is damaged ({name} is {value!r:.40})")
+    for line in description["architecture"]:
+        if not isinstance(line, str):
+            raise ValueError(f"{path}: its description is damaged (a layer is {line!r:.40})")
     return description
+
+
+def _array(path: str, file: Any, name: str) -> Array:
+    """Return an array of an opened file; what no array can be made of is a ValueError."""
+    try:
+        array: Array = file.get_tensor(name)
+    except (ValueError, OverflowError, MemoryError) as error:  # a size of 2**60, beside one of 0
+        raise ValueError(f"{path}: damaged; {name:.80}: {error}") from error
+    return array
 
 
 def architecture(model: Layer) -> list[str]:
