@@ -41,31 +41,62 @@ inline bool out_of_range(float pivot, double squares, double m2, double n) {
 }
 inline bool out_of_range(double, double squares, double m2, double) { return squares > 4 * m2; }
 
-// Two passes in double over pieces [begin, end) whose squares float32 cannot hold. Also the way of
-// NaN and Inf.
+// Two long sums in double, of values and of their squares: block by block, each in lanes, so that
+// no chain of additions is long.
+class LongSums {
+   public:
+    void add(double d) {
+        block[count] = d;
+        if (++count == kLanes * kChain) flush();
+    }
+    Sums sum() {
+        flush();
+        return total;
+    }
+
+   private:
+    static constexpr int kLanes = 8, kChain = 128;
+    double block[kLanes * kChain];
+    int count = 0;
+    Sums total{0, 0};
+
+    void flush() {
+        std::fill(block + count, block + ceil_div(count, kLanes) * kLanes, 0.0);
+        double first[kLanes] = {}, second[kLanes] = {};
+        for (int i = 0; i < count; i += kLanes)
+            for (int j = 0; j < kLanes; ++j) {
+                first[j] += block[i + j];
+                second[j] += block[i + j] * block[i + j];
+            }
+        Sums lanes{0, 0};
+        for (int j = 0; j < kLanes; ++j) lanes = lanes + Sums{first[j], second[j]};
+        total = total + lanes;
+        count = 0;
+    }
+};
+
+// Two passes in double over pieces [begin, end) whose squares float32 cannot hold. What the second
+// one finds of the first mean's rounding errors, which grow with |mean|, corrects both moments
+// (Chan, Golub & LeVeque 1983). Also the way of NaN and Inf.
 template <class S>
 BNCPU_HOT Sums careful_moments(const Job<S>& job, int64_t begin, int64_t end, int64_t c) {
-    constexpr int kLanes = 8;
-    double lanes[kLanes] = {}, mean = 0;
     const double n = values_between(job.grid, begin, end);
-    for (int pass = 0; pass < 2; ++pass) {
-        std::fill_n(lanes, kLanes, 0.0);
+    const auto about = [&](double mean) {
+        LongSums sums;
         for (int64_t p = begin; p < end; ++p) {
             const Piece piece(job.grid, p);
             by_rows(job.grid.shape, piece, [&](int64_t k) {
                 const S* run = job.x.at(k, c) + piece.start;
-                for (int64_t i = 0; i < piece.length; ++i) {
-                    const double d = value_of(run[i]) - mean;
-                    lanes[i % kLanes] += pass == 0 ? d : d * d;
-                }
+                for (int64_t i = 0; i < piece.length; ++i) sums.add(value_of(run[i]) - mean);
             });
         }
-        double sum = 0;
-        for (int j = 0; j < kLanes; ++j) sum += lanes[j];
-        if (pass == 1) return {mean, sum};
-        mean = sum / n;
-    }
-    return {mean, 0};  // not reached
+        return sums.sum();
+    };
+    const double mean = about(0).first / n;
+    const Sums sums = about(mean);
+    const double off = sums.first / n;
+    if (!std::isfinite(off)) return {mean, sums.second};
+    return {mean + off, std::max(sums.second - sums.first * off, 0.0)};
 }
 
 // The largest power of two up to a count and a limit: the sum, and so the mean, of as many equal
