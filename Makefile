@@ -9,6 +9,7 @@ BENCH_OUT ?= bench
 BENCH_ARGS ?=
 EMULATE ?= conroe nehalem haswell aarch64
 FUZZ_ARGS ?=
+WHEEL_ARGS ?=
 MINIMUM := 3.11
 
 BIN := $(VENV)/bin
@@ -67,8 +68,8 @@ format: $(VENV)/.installed-dev ## rewrite the sources in the project's style
 	$(BIN)/ruff format $(OURS)
 	$(BIN)/clang-format -i $(CPP)
 
-wheel: $(VENV)/.installed-dev ## build the sdist and, from it, the wheel into dist/
-	$(BIN)/python -m build
+wheel: $(VENV)/.installed-dev ## sdist and wheel into dist/, with its OpenMP runtime, checked, installed, tested (WHEEL_ARGS=--twice)
+	$(BIN)/python tools/wheel.py $(WHEEL_ARGS)
 
 clean: ## remove everything that was made here
 	rm -rf $(VENV) build dist gpu $(DEMO_OUT) $(BENCH_OUT) *.egg-info .benchmarks .coverage .hypothesis .*_cache

@@ -92,9 +92,10 @@ def get_num_threads() -> int:
     if forked():
         return 1
     openmp: int = cpu.kernels.max_threads()
-    if _wish is None:
+    wish = _wish  # once: another thread may set it meanwhile
+    if wish is None:
         return openmp
-    return _wish.threads if openmp >= _wish.openmp else min(_wish.threads, openmp)
+    return wish.threads if openmp >= wish.openmp else min(wish.threads, openmp)
 
 
 @contextmanager
