@@ -10,15 +10,16 @@ BENCH_ARGS ?=
 EMULATE ?= conroe nehalem haswell aarch64
 FUZZ_ARGS ?=
 WHEEL_ARGS ?=
+SANITIZE_ARGS ?=
 MINIMUM := 3.11
 
 BIN := $(VENV)/bin
 NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard bncpu/cpu/*.pyx bncpu/cpu/*.pxi bncpu/cpu/*.hpp)
 OURS := bncpu tests benchmarks docs tools setup.py
-CPP := $(wildcard bncpu/cpu/*.hpp bncpu/cuda/*.cu tests/emulated_cuda/* benchmarks/*.cpp)
+CPP := $(wildcard bncpu/cpu/*.hpp bncpu/cuda/*.cu tests/emulated_cuda/* benchmarks/*.cpp tools/*.hpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-large bench gpu emulate docs lint format wheel clean
+.PHONY: help demo test fuzz test-large bench sanitize gpu emulate docs lint format wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +44,10 @@ bench: $(VENV)/.installed ## measure against all peers: JSON and figures into be
 	  --benchmark-max-time=0.3 --benchmark-columns=median,iqr,rounds $(BENCH_ARGS) $(PYTEST_ARGS)
 	$(BIN)/python benchmarks/figures.py --out $(BENCH_OUT) $(BENCH_ARGS)
 	@echo "measurements and figures: $(BENCH_OUT)/"
+
+sanitize: $(VENV)/.installed ## run the kernels under sanitizers: clang, its runtime, libomp (SANITIZE_ARGS=--quick: sooner)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check cmake ninja "cython>=3.1" "cython-cmake>=0.3"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/sanitize.py $(SANITIZE_ARGS)
 
 gpu: ## with an NVIDIA GPU: build, test and measure there with PYTHON's own packages, without network (OUT=folder)
 	$(PYTHON) benchmarks/on_gpu.py --out $(or $(OUT),gpu)

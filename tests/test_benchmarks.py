@@ -160,7 +160,7 @@ def test_trainer_of_benchmarks(scripts, monkeypatch, capsys, tmp_path):  # noqa:
 
     monkeypatch.setattr(trainer, "in_process", here)
     out = tmp_path / "trainer.json"
-    trainer.main(["--quick", "--batch", "2", "--json", str(out)])
+    trainer.main(["--quick", "--batch", "2", "--threads", "1", "--json", str(out)])
     text = capsys.readouterr().out
     assert "4.2 million multiplications an image" in text
     assert "| Conv2d, backward |" in text

@@ -1,7 +1,10 @@
 """The pages of docs/ do what they say: their code runs and prints what is shown below it."""
 
 import importlib
+import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,11 +37,24 @@ def test_pages_are_found():
     assert {"tutorial.md", "migration.md"} <= set(PAGES)
 
 
+def run_apart(page, folder):
+    """Run a page in a process of its own: JAX, once imported, warns at every fork."""
+    program = "import json, pages, pathlib, sys; a, b = map(pathlib.Path, sys.argv[1:])"
+    program += "; print(json.dumps(pages.run_page(a, b)))"
+    command = [sys.executable, "-W", "error", "-c", program, page, folder]
+    path = os.pathsep.join([str(TOOLS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.usefixtures("default_threads")
 def test_page(pages, page, tmp_path):
-    lacking = pages.run_page(DOCS / page, tmp_path)
     text = (DOCS / page).read_text(encoding="utf-8")
+    run = run_apart if "needs=" in text else pages.run_page
+    lacking = run(DOCS / page, tmp_path)
     for picture in tmp_path.rglob("*.png"):
         assert f"](images/{picture.name})" in text, f"{page} draws {picture.name} and shows it not"
         assert (DOCS / "images" / picture.name).is_file(), "make it: tools/pages.py --images"

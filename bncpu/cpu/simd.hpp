@@ -86,10 +86,10 @@ struct Lanes {
 };
 #endif
 
-#if defined(BNCPU_VECTORS) && defined(__clang__) && defined(__x86_64__)
+#if defined(BNCPU_VECTORS) && defined(__clang__) && defined(__x86_64__) && !defined(BNCPU_SANITIZED)
 // A store past the caches. Clang knows the intrinsics' as ordinary stores with a mark, which is
 // lost where it merges one with another or folds a conversion into it, and a line that is written
-// both ways takes several times as long.
+// both ways takes several times as long. (Its sanitizers know nothing of what assembly writes.)
 #define BNCPU_CLANG_STREAM 1
 template <class V>
 BNCPU_INLINE void stream_whole(V v, void* p) {
