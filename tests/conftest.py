@@ -77,11 +77,17 @@ def cupy(monkeypatch):
 
 
 @pytest.fixture
-def seeded_torch(rng):
+def torch_threads():
+    """Undo what a test does with PyTorch's threads: bncpu's, where both have one OpenMP."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def seeded_torch(rng, torch_threads):  # noqa: ARG001
     """Let PyTorch draw this test's random numbers, on one thread."""
     torch = pytest.importorskip("torch")
     torch.manual_seed(int(rng.integers(2**31)))
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

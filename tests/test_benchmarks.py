@@ -125,19 +125,16 @@ def test_scaling_of_benchmarks(scripts, monkeypatch, capsys):  # noqa: ARG001
     assert "| (2, 3, 2, 2) |" in printed
 
 
+@pytest.mark.usefixtures("torch_threads")
 def test_resnet(scripts, monkeypatch, capsys, tmp_path):  # noqa: ARG001
-    torch = pytest.importorskip("torch")
     resnet = importlib.import_module("resnet")
     monkeypatch.setattr(resnet, "resnet", partial(resnet.resnet, blocks=(2, 1), width=8))
     monkeypatch.setattr(
         resnet, "ERRORS_OF_PYTORCH", 1e3
     )  # a matter of luck where so little is summed
-    path, before = tmp_path / "resnet.json", torch.get_num_threads()
+    path = tmp_path / "resnet.json"
     options = ["--batch", "4", "--image", "32", "--steps", "2", "--rounds", "1"]
-    try:
-        assert resnet.main([*options, "--threads", "1", "--json", str(path)]) == 0
-    finally:
-        torch.set_num_threads(before)
+    assert resnet.main([*options, "--threads", "1", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "outputs and gradients: equal within tolerance" in printed
     document = json.loads(path.read_text())
@@ -150,9 +147,8 @@ def test_resnet(scripts, monkeypatch, capsys, tmp_path):  # noqa: ARG001
     assert not resnet.equality(resnet.resnet(), 32)[1]
 
 
-@pytest.mark.usefixtures("default_threads")
+@pytest.mark.usefixtures("default_threads", "torch_threads")
 def test_trainer_of_benchmarks(scripts, monkeypatch, capsys, tmp_path):  # noqa: ARG001
-    pytest.importorskip("torch")
     trainer = importlib.import_module("trainer")
 
     def here(command, args):

@@ -64,7 +64,8 @@ def shapes(draw, most=5000):
         st.integers(0, 6), st.sampled_from([7, 8, 9, 15, 16, 17, 31, 32, 33, 49, 65, 97])
     )
     shape = draw(st.lists(size, min_size=1, max_size=5))
-    while math.prod(shape) > most:
+    # Views are of arrays with margins, where a size of 0 hides none of the others.
+    while math.prod(n for n in shape if n) > most:
         shape[shape.index(max(shape))] //= 4
     return tuple(shape)
 
@@ -420,7 +421,8 @@ def _mistakes_of_mask(draw, function, given):
         frozen = np.zeros(n, np.uint8)
         frozen.flags.writeable = False
         wrong.append((frozen, ValueError))
-        if n > 0 and isinstance(x, np.ndarray) and x.flags.c_contiguous and x.nbytes >= n:
+        has_bytes = type(x) is np.ndarray and not x.dtype.hasobject  # it may be wrong itself by now
+        if n > 0 and has_bytes and x.flags.c_contiguous and x.nbytes >= n:
             wrong.append((x.reshape(-1).view(np.uint8)[:n], ValueError))
     given["mask"], error = draw(st.sampled_from(wrong))
     refusals = [Refusal(error, "mask")]
