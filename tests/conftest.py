@@ -1,9 +1,11 @@
 """Fixtures of the whole suite: fresh random numbers that can be had again, and kernel levels."""
 
+import importlib.util
 import os
 import secrets
 import sys
 import zlib
+from pathlib import Path
 
 import cupy_standin
 import numpy as np
@@ -53,6 +55,23 @@ def level(request):
 @pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])
 def dtype(request):
     return np.dtype(request.param)
+
+
+@pytest.fixture
+def benchmark_script(monkeypatch):
+    """Return a function that imports a script of benchmarks/ by its name."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    if not folder.is_dir():
+        pytest.skip("only a checkout has benchmarks/")
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"{name}_script", folder / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 benchmarks/hot_loops.py finds the loops; what must stand in them is said here.
 """
 
-import importlib.util
 import os
 import platform
 import re
@@ -16,8 +15,6 @@ import pytest
 
 import bncpu.cpu
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "benchmarks" / "hot_loops.py"
 LEVELS = [level for level in bncpu.cpu.compiled_levels() if level.startswith("x86_64")]
 
 # Loops that go once round for a run of some thousand values at most, or for a channel of it, have
@@ -28,14 +25,8 @@ LEAST = dict.fromkeys(OUTER, 8) | {"map_item_rows": 1}
 
 
 @pytest.fixture
-def hot_loops(monkeypatch):
-    if not SCRIPT.is_file():
-        pytest.skip("only a checkout has benchmarks/")
-    spec = importlib.util.spec_from_file_location("hot_loops", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "hot_loops", module)
-    spec.loader.exec_module(module)
-    return module
+def hot_loops(benchmark_script):
+    return benchmark_script("hot_loops")
 
 
 def faults_of(hot_loops, function, level):

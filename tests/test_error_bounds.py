@@ -5,10 +5,7 @@ functions (tests/error_bounds.py), the values adversarial (tests/adversarial.py)
 can be broken is tested too, with algorithms that people do use.
 """
 
-import importlib.util
-import sys
 from fractions import Fraction
-from pathlib import Path
 
 import adversarial
 import error_bounds
@@ -21,8 +18,6 @@ from measured_errors import EPS, Given, Layout, Problem, run
 
 import bncpu
 import bncpu.cpu
-
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "accuracy.py"
 
 # Channels innermost (run 1), small maps, rows of one piece and of several; the last ones are cut
 # into parts that threads share.
@@ -380,14 +375,8 @@ def test_exact_truth_is_exact():
 
 
 @pytest.fixture
-def script(monkeypatch):
-    if not SCRIPT.is_file():
-        pytest.skip("only a checkout has benchmarks/")
-    spec = importlib.util.spec_from_file_location("accuracy_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "accuracy_script", module)
-    spec.loader.exec_module(module)
-    return module
+def script(benchmark_script):
+    return benchmark_script("accuracy")
 
 
 def test_table_and_figure(script, tmp_path, capsys):
